@@ -1,0 +1,1 @@
+"""The database: schema, engine, migrations; knows neither dicomnode nor training."""

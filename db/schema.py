@@ -1,0 +1,197 @@
+"""The schema: one row a Series, one row a curve, one row an offset; portable types only.
+
+Slice rows live only while their Series is open: a complete curve is one row with its arrays.
+Arrays are little-endian bytes, their dtype and shape named beside the column.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+UID = String(64)
+NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A timezone-aware UTC time on both databases; SQLite itself forgets the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse a naive time, store UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a stored time needs a timezone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Return the time with its zone."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Root of all tables; constraints are named so that migrations can name them."""
+
+    metadata = MetaData(naming_convention=NAMES)
+
+
+class Model(Base):
+    """A weight bundle that scored something here; its map turns scores into body heights."""
+
+    __tablename__ = "model"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    manifest: Mapped[dict[str, Any]] = mapped_column(JSON)
+    first_used_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Series(Base):
+    """One Series and where it stands."""
+
+    __tablename__ = "series"
+    __table_args__ = (Index("ix_series_patient", "patient_id", "issuer"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    series_uid: Mapped[str] = mapped_column(UID, unique=True)
+    study_uid: Mapped[str] = mapped_column(UID, index=True)
+    patient_id: Mapped[str] = mapped_column(String(64))
+    issuer: Mapped[str] = mapped_column(String(64))
+    # As the scanner wrote it, local time: it orders studies, and nothing else.
+    study_datetime: Mapped[datetime | None] = mapped_column(DateTime)
+    modality: Mapped[str] = mapped_column(String(16))
+    body_part_examined: Mapped[str] = mapped_column(String(16))
+    manufacturer: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    reason: Mapped[str | None] = mapped_column(String(40))
+    evidence: Mapped[str | None] = mapped_column(String(24))
+    revision: Mapped[int]  # of the curve: how often the Series was finished
+    received: Mapped[int]  # distinct Instances
+    expected: Mapped[int | None]
+    # SOP Instance UID -> reason, of Instances that are in no curve; filled when finished.
+    set_aside: Mapped[dict[str, str]] = mapped_column(JSON)
+    first_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    last_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+class Slice(Base):
+    """One slice of an open Series: scored, or set aside with a reason."""
+
+    __tablename__ = "slice"
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("series.id", ondelete="CASCADE"), primary_key=True
+    )
+    sop_instance_uid: Mapped[str] = mapped_column(UID, primary_key=True)
+    frame: Mapped[int] = mapped_column(primary_key=True)
+    model: Mapped[str | None] = mapped_column(String(64))
+    score: Mapped[float | None] = mapped_column(Float(53))
+    reason: Mapped[str | None] = mapped_column(String(40))
+    image_position: Mapped[list[float] | None] = mapped_column(JSON)
+    image_orientation: Mapped[list[float] | None] = mapped_column(JSON)
+    frame_of_reference_uid: Mapped[str] = mapped_column(UID)
+
+
+class Arrival(Base):
+    """Which associations carried slices of an open Series, and when they last did."""
+
+    __tablename__ = "arrival"
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("series.id", ondelete="CASCADE"), primary_key=True
+    )
+    association_id: Mapped[str] = mapped_column(String(16), primary_key=True)
+    last_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    ended: Mapped[str | None] = mapped_column(String(16))  # released, aborted, or lost
+
+
+class Curve(Base):
+    """The finished curve of a Series, feet to head."""
+
+    __tablename__ = "curve"
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("series.id", ondelete="CASCADE"), primary_key=True
+    )
+    model: Mapped[str] = mapped_column(ForeignKey("model.digest"))
+    revision: Mapped[int]
+    count: Mapped[int]  # N
+    z_mm: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <f8
+    score: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <f4
+    image_position: Mapped[bytes] = mapped_column(LargeBinary)  # (N, 3) <f8
+    image_orientation: Mapped[list[float]] = mapped_column(JSON)  # (6,)
+    # zlib of JSON: [[SOP Instance UID, frame, index into frames_of_reference], ...], N long
+    instances: Mapped[bytes] = mapped_column(LargeBinary)
+    frames_of_reference: Mapped[list[str]] = mapped_column(JSON)
+    height_min_mm: Mapped[float] = mapped_column(Float(53))
+    height_max_mm: Mapped[float] = mapped_column(Float(53))
+    pearson_r: Mapped[float] = mapped_column(Float(53))
+    slope: Mapped[float] = mapped_column(Float(53))
+    flags: Mapped[list[str]] = mapped_column(JSON)
+    computed_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Offset(Base):
+    """The offset of a pair of curves by one method: z_fixed = z_moving + offset_mm.
+
+    A row with `status` null is work to do; it is written together with the curve that asks
+    for it, so that no pair is forgotten.
+    """
+
+    __tablename__ = "offset"
+    __table_args__ = (
+        UniqueConstraint("fixed_series_id", "moving_series_id", "method", name="uq_offset_pair"),
+        Index("ix_offset_moving_series_id", "moving_series_id"),
+        Index("ix_offset_status", "status"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    fixed_series_id: Mapped[int] = mapped_column(ForeignKey("series.id", ondelete="CASCADE"))
+    moving_series_id: Mapped[int] = mapped_column(ForeignKey("series.id", ondelete="CASCADE"))
+    method: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str | None] = mapped_column(String(16))
+    model: Mapped[str] = mapped_column(ForeignKey("model.digest"))
+    offset_mm: Mapped[float | None] = mapped_column(Float(53))
+    sigma_mm: Mapped[float | None] = mapped_column(Float(53))
+    overlap_mm: Mapped[float | None] = mapped_column(Float(53))
+    dx_mm: Mapped[float | None] = mapped_column(Float(53))
+    dy_mm: Mapped[float | None] = mapped_column(Float(53))
+    reason: Mapped[str | None] = mapped_column(Text)
+    computed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    seconds: Mapped[float | None] = mapped_column(Float(53))
+
+
+class Quarantined(Base):
+    """One spooled file that a person should look at; the file is kept under this name."""
+
+    __tablename__ = "quarantined"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    reason: Mapped[str] = mapped_column(String(40), index=True)
+    detail: Mapped[str] = mapped_column(Text)  # never a patient attribute
+    arrived_at: Mapped[datetime] = mapped_column(UTCDateTime)

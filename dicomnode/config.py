@@ -1,0 +1,225 @@
+"""The settings: a TOML file, then `DICOMNODE_SECTION__KEY` in the environment, which wins.
+
+Read once, by `load`, and handed down as an argument. `docs/node.toml` shows every setting at
+its default.
+"""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from dicomnode.errors import ConfigError
+
+_PREFIX = "DICOMNODE_"
+_TEST_PREFIX = "DICOMNODE_TEST_"  # what the test suite reads; no settings
+
+
+def _ae_title(value: str) -> str:
+    # PS3.5 Table 6.2-1, AE: 16 bytes at most, default repertoire without backslash and control
+    # characters; leading and trailing spaces carry no meaning, and spaces alone are no title.
+    title = value.strip(" ")
+    if not 1 <= len(title) <= 16:
+        raise ValueError("an AE title has 1 to 16 characters")
+    if "\\" in title or not (title.isascii() and title.isprintable()):
+        raise ValueError("an AE title is ASCII without backslash and control characters")
+    return title
+
+
+AETitle = Annotated[str, AfterValidator(_ae_title)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Peer(_Section):
+    """A DICOM node we know: who may send to us, and whom we may send to."""
+
+    ae_title: AETitle = Field(description="AE title of the peer.")
+    host: str = Field(min_length=1, description="Host name or address of the peer.")
+    port: int = Field(ge=1, le=65535, description="TCP port the peer listens on.")
+    calling: bool = Field(default=True, description="Whether this peer may send objects to us.")
+    default_issuer: str = Field(
+        default="",
+        description="Issuer of Patient ID (0010,0021) taken for objects of this peer without one.",
+    )
+
+
+class NodeSettings(_Section):
+    """Who we are on the DICOM network, and whom we know."""
+
+    ae_title: AETitle = Field(
+        default="DICOMNODE", description="Our AE title, which callers must use."
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. The default reaches this machine only; "
+        '"0.0.0.0" listens on every address, which a PACS on another machine needs.',
+    )
+    port: int = Field(
+        default=11112, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one."
+    )
+    # NoDecode: a malformed list in the environment is then reported under `node.peers`.
+    peers: Annotated[tuple[Peer, ...], NoDecode] = Field(
+        default=(), description="The DICOM nodes we know. Nobody else may send."
+    )
+    maximum_associations: int = Field(
+        default=32, ge=1, description="Associations served at a time; more are refused for now."
+    )
+
+    @field_validator("peers", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("peers")
+    @classmethod
+    def _titles_differ(cls, peers: tuple[Peer, ...]) -> tuple[Peer, ...]:
+        titles = [peer.ae_title for peer in peers]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"two peers have the AE title {title}")
+        return peers
+
+
+class SpoolSettings(_Section):
+    """Where received objects wait for the worker."""
+
+    path: Path = Field(
+        default=Path("dicomnode-data/spool"),
+        description="Folder on a disk that survives a power cut; one for each node.",
+    )
+    reserve_bytes: int = Field(
+        default=1 << 30,
+        ge=0,
+        description="Free bytes to leave on that disk: below, objects are refused with 0xA700.",
+    )
+
+
+class DatabaseSettings(_Section):
+    """Where results are kept."""
+
+    url: str = Field(
+        default="sqlite:///dicomnode-data/dicomnode.sqlite",
+        min_length=1,
+        repr=False,  # may hold a password
+        description="SQLAlchemy URL, of SQLite or PostgreSQL.",
+    )
+
+
+class ScoreSettings(_Section):
+    """How slices are scored."""
+
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description='"auto" takes CUDA, else MPS, else the CPU; or "cpu", "mps", "cuda", "cuda:N".',
+    )
+    model: Path | None = Field(
+        default=None,
+        description="Folder of a weight bundle; unset, the one that came with the node.",
+    )
+    batch: int = Field(default=32, ge=1, description="Slices scored at a time, at most.")
+
+
+class SeriesSettings(_Section):
+    """When a Series is taken to be complete."""
+
+    quiet_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds without a new slice after its association ended.",
+    )
+    lost_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which an association whose end was never seen counts as over.",
+    )
+
+
+class Settings(BaseSettings):
+    """Every setting of the node. Build it with `load`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=_PREFIX, env_nested_delimiter="__"
+    )
+
+    node: NodeSettings = NodeSettings()
+    spool: SpoolSettings = SpoolSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    score: ScoreSettings = ScoreSettings()
+    series: SeriesSettings = SeriesSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load` passes the TOML file as the initial values; the first source wins.
+        return env_settings, init_settings
+
+
+def load(path: Path | None) -> Settings:
+    """Return the settings of a TOML file and the environment, or of the environment alone.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a key is unknown, or a value is not allowed. The message
+        has a line for each problem, beginning with the key.
+    """
+    _refuse_unknown_variables()
+    try:
+        return Settings(**_parse(path) if path else {})
+    except ValidationError as exc:
+        raise ConfigError("\n".join(_problem(error) for error in exc.errors())) from exc
+
+
+def _refuse_unknown_variables() -> None:
+    # pydantic-settings passes over a variable that is no field: a misspelt one would go unseen.
+    unknown = []
+    for name in sorted(os.environ):
+        if name.upper().startswith(_PREFIX) and not name.upper().startswith(_TEST_PREFIX):
+            section, _, key = name[len(_PREFIX) :].lower().partition("__")
+            field = Settings.model_fields.get(section)
+            if field is None or key not in field.default.__class__.model_fields:
+                unknown.append(f"{name}: no such setting")
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from exc
+    except ValueError as exc:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def _problem(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: no such setting"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing" or key == "database.url":  # a URL may hold a password
+        return f"{key}: {message}"
+    return f"{key}: {message}, got {error['input']!r}"

@@ -1,0 +1,1 @@
+"""The pure core: arrays in, arrays out; no I/O, clock, settings or logging."""

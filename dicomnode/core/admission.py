@@ -1,0 +1,80 @@
+"""Which slices and which Series are scored, and the reason where they are not."""
+
+import re
+
+import numpy as np
+
+from dicomnode.core import geometry
+from dicomnode.errors import GeometryError
+from dicomnode.model import Floats, Reason, SliceHeader
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = frozenset({"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"})
+
+# PS3.3 C.8.2.1.1.1 names LOCALIZER; the others are what vendors write for reconstructed views.
+REFORMATS = frozenset(
+    {"MPR", "PROJECTION IMAGE", "MIP", "MINIP", "CSA", "3D", "REFORMATTED", "CSAMPR", "VOLREN"}
+)
+# Beyond 45 degrees a slice is nearer coronal or sagittal than axial. Between the two limits
+# the gantry was tilted: a slice then shows several heights and its score means none of them.
+NON_AXIAL_DEGREES = 45.0
+TILT_DEGREES = 15.0
+MIN_POSITIONS = 8
+MIN_EXTENT_MM = 50.0
+
+_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
+
+
+def is_uid(text: str) -> bool:
+    """Whether the text is a UID (PS3.5 section 9.1), leading zeros in components aside.
+
+    Old scanners write components such as `.05`; they identify as well as any other.
+    """
+    relaxed = re.sub(r"(^|\.)0+(?=\d)", r"\1", text)
+    return 0 < len(text) <= 64 and _UID.fullmatch(relaxed) is not None
+
+
+def refuse_slice(header: SliceHeader) -> Reason | None:
+    """Return why this Instance is not scored, or None where it is.
+
+    Only what the Instance itself says is looked at; what needs its neighbours is
+    for `refuse_stack`.
+    """
+    uids = (header.sop_instance_uid, header.series_uid, header.study_uid)
+    if not all(map(is_uid, uids)):
+        return Reason.BAD_UID
+    if header.sop_class_uid in ENHANCED_CT:
+        return Reason.MULTI_FRAME
+    if header.sop_class_uid != CT_IMAGE or header.modality != "CT":
+        return Reason.NOT_CT
+    if header.number_of_frames > 1:
+        return Reason.MULTI_FRAME
+    if "LOCALIZER" in header.image_type[2:3]:
+        return Reason.LOCALIZER
+    if REFORMATS & set(header.image_type[2:]):
+        return Reason.REFORMAT
+    geometric = (header.image_position, header.image_orientation, header.pixel_spacing)
+    if any(part is None or not np.isfinite(part).all() for part in geometric):
+        return Reason.NO_GEOMETRY
+    assert header.image_orientation is not None and header.pixel_spacing is not None
+    if min(header.pixel_spacing) <= 0:
+        return Reason.NO_GEOMETRY
+    try:
+        normal = geometry.slice_normal(np.asarray(header.image_orientation))
+    except GeometryError as exc:
+        return exc.reason
+    tilt = geometry.tilt_degrees(normal)
+    if tilt > NON_AXIAL_DEGREES:
+        return Reason.NON_AXIAL
+    if tilt > TILT_DEGREES:
+        return Reason.TILT
+    return None
+
+
+def refuse_stack(z_mm: Floats) -> Reason | None:
+    """Return why distinct, increasing positions (mm) make no curve, or None where they do."""
+    if len(z_mm) < MIN_POSITIONS:
+        return Reason.TOO_FEW_POSITIONS
+    if z_mm[-1] - z_mm[0] < MIN_EXTENT_MM:
+        return Reason.TOO_SHORT
+    return None

@@ -1,0 +1,112 @@
+"""The offset that aligns a moving curve onto a fixed one, by the paper's two methods.
+
+`z_fixed = z_moving + offset_mm` for the same anatomy. Scores of two curves are comparable
+only when one bundle gave them.
+
+References
+----------
+Meine and Hering 2019, "Efficient Prealignment of CT Scans for Registration through a
+Bodypart Regressor", section 2.2.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
+
+SPACING_MM = 1.0  # both curves are resampled to it for l1
+# Over a few slices any two curves agree somewhere: below this overlap no shift is tried,
+# or below half the shorter curve, where that is less.
+MIN_OVERLAP_MM = 30.0
+# The fast method divides by the score difference of the outer fixed slices.
+MIN_SLOPE = 1e-6
+
+
+def align(fixed: ScoreCurve, moving: ScoreCurve, method: Method) -> Offset:
+    """Return the offset of moving onto fixed by the method.
+
+    Raises
+    ------
+    ValueError
+        If the curves were scored by different bundles.
+    """
+    if fixed.model != moving.model:
+        raise ValueError(f"curves of different bundles: {fixed.model} and {moving.model}")
+    return METHODS[method](fixed, moving)
+
+
+def fast(fixed: ScoreCurve, moving: ScoreCurve) -> Offset:
+    """Return the offset from three slices: first and last fixed, centre moving.
+
+    The line through the two fixed slices tells at which position the fixed scan has,
+    or would have, the centre moving slice's score; `extrapolated` in the latter case.
+    """
+    first, last = float(fixed.score[0]), float(fixed.score[-1])
+    centre = len(moving.z_mm) // 2
+    extent = float(fixed.z_mm[-1] - fixed.z_mm[0])
+    slope = (last - first) / extent  # score a mm
+    if slope < MIN_SLOPE:
+        return _refuse(Method.FAST, "the fixed scan's score does not grow towards the head")
+    z_fixed = float(fixed.z_mm[0]) + (float(moving.score[centre]) - first) / slope
+    offset_mm = z_fixed - float(moving.z_mm[centre])
+    inside = fixed.z_mm[0] <= z_fixed <= fixed.z_mm[-1]
+    return Offset(
+        method=Method.FAST,
+        status=OffsetStatus.OK if inside else OffsetStatus.EXTRAPOLATED,
+        offset_mm=offset_mm,
+        overlap_mm=overlap_mm(fixed.z_mm, moving.z_mm + offset_mm),
+    )
+
+
+def l1(fixed: ScoreCurve, moving: ScoreCurve) -> Offset:
+    """Return the shift with the lowest mean absolute score difference over the overlap.
+
+    Both curves are resampled to 1 mm; every shift with enough overlap is tried, so that
+    one curve may lie inside the other or hang over either end. `extrapolated` where the
+    two scans share no score: the answer is then the end of the search, not a match.
+    """
+    f, m = _resample(fixed), _resample(moving)
+    least = max(2, int(min(MIN_OVERLAP_MM / SPACING_MM, len(f) / 2, len(m) / 2)))
+    shift, _ = _best_shift(f, m, least)
+    offset_mm = float(fixed.z_mm[0] - moving.z_mm[0]) + shift * SPACING_MM
+    shared = min(f.max(), m.max()) >= max(f.min(), m.min())
+    return Offset(
+        method=Method.L1,
+        status=OffsetStatus.OK if shared else OffsetStatus.EXTRAPOLATED,
+        offset_mm=offset_mm,
+        overlap_mm=overlap_mm(fixed.z_mm, moving.z_mm + offset_mm),
+    )
+
+
+METHODS: dict[Method, Callable[[ScoreCurve, ScoreCurve], Offset]] = {
+    Method.FAST: fast,
+    Method.L1: l1,
+}
+
+
+def overlap_mm(z_fixed: Floats, z_moving_aligned: Floats) -> float:
+    """Return the length both scans cover, mm, 0 where they do not meet."""
+    top = min(z_fixed[-1], z_moving_aligned[-1])
+    return max(0.0, float(top - max(z_fixed[0], z_moving_aligned[0])))
+
+
+def _resample(curve: ScoreCurve) -> Floats:
+    z = np.arange(curve.z_mm[0], curve.z_mm[-1] + SPACING_MM / 2, SPACING_MM)
+    return np.interp(z, curve.z_mm, curve.score)
+
+
+def _best_shift(f: Floats, m: Floats, least: int) -> tuple[int, float]:
+    """Return (samples by which m is shifted against f, mean absolute difference there)."""
+    # Pad f with NaN so that every shift is a window of one array: (shifts, len(m)).
+    pad = len(m) - least
+    padded = np.concatenate([np.full(pad, np.nan), f, np.full(pad, np.nan)])
+    difference = np.abs(sliding_window_view(padded, len(m)) - m)
+    cost = np.nanmean(difference, axis=1)
+    best = int(np.argmin(cost))
+    return best - pad, float(cost[best])
+
+
+def _refuse(method: Method, reason: str) -> Offset:
+    return Offset(method=method, status=OffsetStatus.REFUSED, reason=reason)

@@ -1,0 +1,164 @@
+"""Where slices lie: normal, position along it, order, spacing, gaps, duplicates, tilt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicomnode.errors import GeometryError
+from dicomnode.model import Flag, Floats, Reason
+
+ORTHONORMAL_TOLERANCE = 1e-3
+# Positions nearer than this are the same position: half the finest spacing in clinical CT.
+SAME_POSITION_MM = 0.05
+# A gap is a step of more than 1.5 median spacings: at least one slice may be missing there.
+GAP_RATIO = 1.5
+UNEVEN_RATIO = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The order of slices along their common normal.
+
+    `order` indexes the slices that were given, duplicates left out, so that
+    `z_mm` is strictly increasing.
+    """
+
+    order: npt.NDArray[np.intp]  # (M,) M <= N
+    z_mm: Floats  # (M,)
+    flags: tuple[Flag, ...]
+
+
+def slice_normal(image_orientation: Floats) -> Floats:
+    """Return the unit slice normal, oriented towards the head.
+
+    Parameters
+    ----------
+    image_orientation : (6,) float64
+        Image Orientation (Patient) (0020,0037): row, then column direction cosines.
+
+    Returns
+    -------
+    (3,) float64
+        Unit normal with z >= 0 (LPS: +z is the head).
+
+    Raises
+    ------
+    GeometryError
+        If the direction cosines are not orthonormal within 1e-3.
+
+    References
+    ----------
+    DICOM PS3.3 C.7.6.2.1.1.
+    """
+    row, column = np.asarray(image_orientation, float).reshape(2, 3)
+    gram = np.array([row @ row, column @ column, row @ column])
+    # Three decimals are common in the field: squares of such cosines miss 1 by up to 2e-3.
+    if not np.allclose(gram, [1, 1, 0], atol=2 * ORTHONORMAL_TOLERANCE):
+        raise GeometryError(f"direction cosines are not orthonormal: {gram.round(4).tolist()}")
+    normal = np.cross(row, column)
+    normal /= np.linalg.norm(normal)
+    return normal if normal[2] >= 0 else -normal
+
+
+def slice_positions(image_position: Floats, normal: Floats) -> Floats:
+    """Return the position of each slice along the slice normal.
+
+    Parameters
+    ----------
+    image_position : (N, 3) float64
+        Image Position (Patient) (0020,0032), mm, LPS.
+    normal : (3,) float64
+        Unit slice normal.
+
+    Returns
+    -------
+    (N,) float64
+        Position along the normal, mm. Not sorted.
+    """
+    return np.asarray(np.asarray(image_position, float) @ normal, float)
+
+
+def tilt_degrees(normal: Floats) -> float:
+    """Return the angle between slice normal and the patient's long axis, degrees 0..90."""
+    return float(np.degrees(np.arccos(np.clip(abs(normal[2]), 0, 1))))
+
+
+def stack(image_position: Floats, image_orientation: Floats) -> Stack:
+    """Return the order of slices of one Series, from feet to head.
+
+    Never SliceLocation, InstanceNumber or table position: only Image Position
+    (Patient) says where a slice lies. Of slices at one position the first is kept.
+
+    Parameters
+    ----------
+    image_position : (N, 3) float64
+        mm, LPS.
+    image_orientation : (N, 6) float64
+        Direction cosines of each slice.
+
+    Raises
+    ------
+    GeometryError
+        If the orientations differ by more than 1e-3: the slices are not one stack.
+    """
+    image_position = np.asarray(image_position, float).reshape(-1, 3)
+    image_orientation = np.asarray(image_orientation, float).reshape(-1, 6)
+    spread = np.ptp(image_orientation, axis=0).max()
+    if spread > ORTHONORMAL_TOLERANCE:
+        raise GeometryError(
+            f"direction cosines differ by {spread:.4f} within one Series", Reason.NOT_ONE_STACK
+        )
+    z_mm = slice_positions(image_position, slice_normal(image_orientation[0]))
+    order = np.argsort(z_mm, kind="stable")
+    distinct = np.ones(len(order), bool)
+    last = -np.inf
+    for i, z in enumerate(z_mm[order]):  # against the last one kept, so that steps cannot creep
+        distinct[i] = z - last > SAME_POSITION_MM
+        last = z if distinct[i] else last
+    flags = [] if distinct.all() else [Flag.DUPLICATE_POSITION]
+    order = order[distinct]
+    return Stack(order, z_mm[order], (*flags, *spacing_flags(z_mm[order])))
+
+
+def spacing_flags(z_mm: Floats) -> tuple[Flag, ...]:
+    """Return what is irregular about increasing positions, mm."""
+    if len(z_mm) < 3:
+        return ()
+    steps = np.diff(z_mm)
+    median = float(np.median(steps))
+    flags = []
+    if (steps > GAP_RATIO * median).any():
+        flags.append(Flag.GAP)
+    if (np.abs(steps - median) > UNEVEN_RATIO * median).any():
+        flags.append(Flag.UNEVEN_SPACING)
+    return tuple(flags)
+
+
+def to_patient_axes(image: npt.NDArray[Any], image_orientation: Floats) -> npt.NDArray[Any]:
+    """Return the slice with columns growing to the patient's left and rows to posterior.
+
+    Prone, decubitus and feet-first images are flipped or transposed into the one
+    orientation that the network knows. A view, no copy.
+
+    Parameters
+    ----------
+    image : (R, C)
+        Pixels of one slice.
+    image_orientation : (6,) float64
+        Row, then column direction cosines; near-axial.
+    """
+    row, column = np.asarray(image_orientation, float).reshape(2, 3)
+    if abs(row[1]) > abs(row[0]):  # the row direction runs front to back: a transposed image
+        image, row, column = image.T, column, row
+    if row[0] < 0:
+        image = image[:, ::-1]
+    if column[1] < 0:
+        image = image[::-1]
+    return image
+
+
+def is_transposed(image_orientation: Floats) -> bool:
+    """Whether `to_patient_axes` swaps rows and columns (and so the two pixel spacings)."""
+    return bool(abs(image_orientation[1]) > abs(image_orientation[0]))

@@ -1,0 +1,125 @@
+"""The regressors: the paper's VGG-16 SSBR and the compact network, on one page.
+
+Both take (B, 1, 128, 128) inputs as `core.preprocess` makes them and give (B,) slice scores.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Simonyan and Zisserman 2015, configuration D; 0 is a 2 x 2 max pooling.
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+# (channels, 3 x 3 convolutions) of each stage, the first of which halves the image:
+# 0.31 GFLOP and 1.8 M parameters a slice. One narrow convolution at full width: batch
+# normalisation and ReLU there, bound by memory, took half of a training step.
+COMPACT = ((24, 1), (64, 2), (96, 3), (192, 2), (256, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """What is needed to build a network; stored with its weights."""
+
+    kind: str = "compact"  # "compact" or "vgg16"
+    width: float = 1.0  # of all channel counts
+    normalised: bool = False  # batch normalisation after each convolution; folded at export
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as the manifest of a bundle holds it."""
+        return asdict(self)
+
+
+class Regressor(nn.Module):
+    """Convolutional basis, global average pooling, one dense output.
+
+    References
+    ----------
+    Yan, Lu, Summers 2018, "Unsupervised body part regression via spatially
+    self-ordering convolutional neural networks"; Meine and Hering 2019, section 2.1.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, channels = _basis(config)
+        self.basis = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the score of each slice.
+
+        Parameters
+        ----------
+        x : (B, 1, H, W) uint8 or float
+            Values 0..255 as `preprocess.to_input` gives them.
+
+        Returns
+        -------
+        (B,) float
+        """
+        x = x.to(self.head.weight.dtype) / 127.5 - 1
+        x = self.basis(x)  # (B, 1, 128, 128) -> (B, channels, 4, 4)
+        x = x.mean((2, 3))
+        return self.head(x).squeeze(1)  # type: ignore[no-any-return]  # torch types modules as Any
+
+
+def build(config: NetworkConfig) -> Regressor:
+    """Return an untrained network, channels last.
+
+    Raises
+    ------
+    ValueError
+        If the kind is unknown.
+    """
+    net = Regressor(config)
+    # torch implements this form of `to` but does not declare it.
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def fold(network: Regressor) -> Regressor:
+    """Return the same function without batch normalisation: each is folded into its convolution.
+
+    The network must be in `eval()`.
+    """
+    if not network.config.normalised:
+        return network
+    config = NetworkConfig(network.config.kind, network.config.width, normalised=False)
+    folded = build(config).eval()
+    convs = [m for m in network.basis if isinstance(m, nn.Conv2d)]
+    norms = [m for m in network.basis if isinstance(m, nn.BatchNorm2d)]
+    targets = [m for m in folded.basis if isinstance(m, nn.Conv2d)]
+    for target, conv, norm in zip(targets, convs, norms, strict=True):
+        fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+        target.load_state_dict(fused.state_dict())
+    folded.head.load_state_dict(network.head.state_dict())
+    return folded
+
+
+def _basis(config: NetworkConfig) -> tuple[list[nn.Module], int]:
+    layers: list[nn.Module] = []
+    channels = 1
+
+    def convolution(count: int, stride: int = 1) -> None:
+        nonlocal channels
+        out = max(8, round(count * config.width / 8) * 8)
+        layers.append(nn.Conv2d(channels, out, 3, stride, 1, bias=not config.normalised))
+        if config.normalised:
+            layers.append(nn.BatchNorm2d(out))
+        layers.append(nn.ReLU(inplace=True))
+        channels = out
+
+    if config.kind == "vgg16":
+        for count in VGG16:
+            if count:
+                convolution(count)
+            else:
+                layers.append(nn.MaxPool2d(2))
+    elif config.kind == "compact":
+        for count, depth in COMPACT:
+            for i in range(depth):
+                convolution(count, stride=2 if i == 0 else 1)
+    else:
+        raise ValueError(f"unknown network {config.kind!r}: compact or vgg16")
+    return layers, channels

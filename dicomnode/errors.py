@@ -1,0 +1,75 @@
+"""What can go wrong, and what the caller is to do then.
+
+NodeError
++ DicomError            the object cannot be used, now or later     -> quarantine
+  - UnsupportedObject   SOP Class or transfer syntax not handled
+  - CorruptObject       cannot be parsed, pixel data short
+  - GeometryError       slices are not one stack
++ TransientError        the same call may work later                -> retry with backoff
+  - StoreUnavailable
+  - DeviceUnavailable
++ SpoolFull             refuse with 0xA700, sender keeps the object
++ ConfigError           stop at start-up, say which key
++ WeightsError          bundle missing, digest or spec mismatch
+
+Messages name the thing and the value, never a patient attribute.
+"""
+
+from dicomnode.model import Reason
+
+
+class NodeError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class DicomError(NodeError):
+    """The object cannot be used, now or later; `reason` is what the database stores."""
+
+    reason: Reason = Reason.CORRUPT
+
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        if reason is not None:
+            self.reason = reason
+
+
+class UnsupportedObject(DicomError):
+    """SOP Class or transfer syntax not handled."""
+
+    reason = Reason.UNSUPPORTED_TRANSFER_SYNTAX
+
+
+class CorruptObject(DicomError):
+    """The data set cannot be parsed, or its pixel data is short."""
+
+    reason = Reason.CORRUPT
+
+
+class GeometryError(DicomError):
+    """The slices have no usable position, or are not one stack."""
+
+    reason = Reason.NO_GEOMETRY
+
+
+class TransientError(NodeError):
+    """The same call may work later."""
+
+
+class StoreUnavailable(TransientError):
+    """The database does not answer."""
+
+
+class DeviceUnavailable(TransientError):
+    """The scoring device does not answer."""
+
+
+class SpoolFull(NodeError):
+    """The spool has no room: the sender is to keep the object and try again."""
+
+
+class ConfigError(NodeError):
+    """A setting is wrong; the message names its key."""
+
+
+class WeightsError(NodeError):
+    """The weight bundle is missing, altered, or made for another input."""

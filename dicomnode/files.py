@@ -1,0 +1,118 @@
+"""Scores and aligns files without a node or a database, through the same core."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicomnode import dicomio
+from dicomnode.core import align, curve
+from dicomnode.errors import DicomError
+from dicomnode.model import (
+    Method,
+    Offset,
+    OffsetStatus,
+    Reason,
+    Refusal,
+    ScoreCurve,
+    ScoredSlice,
+    SliceHeader,
+)
+from dicomnode.node.score import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSeries:
+    """What became of one Series found in files."""
+
+    header: SliceHeader  # of one of its Instances
+    outcome: ScoreCurve | Refusal
+    set_aside: dict[str, int]  # reason -> Instances
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredFiles:
+    """Every Series found, in order of Study and Series, and files that are no Instance."""
+
+    series: tuple[ScoredSeries, ...]
+    unreadable: dict[str, int]  # reason -> files
+
+
+def score(
+    paths: Sequence[Path], scorer: Scorer, progress: Callable[[int], None] = lambda n: None
+) -> ScoredFiles:
+    """Return the curve of every Series under the paths, any depth, any order."""
+    headers: dict[str, SliceHeader] = {}
+    slices: dict[str, list[ScoredSlice]] = defaultdict(list)
+    aside: dict[str, Counter[str]] = defaultdict(Counter)
+    unreadable: Counter[str] = Counter()
+    waiting: list[dicomio.Decoded] = []
+
+    def flush() -> None:
+        inputs = [d.input for d in waiting if d.input is not None]
+        for d, value in zip(waiting, scorer.score(inputs), strict=True):
+            h = d.header
+            assert h.image_position is not None and h.image_orientation is not None
+            slices[h.series_uid].append(
+                ScoredSlice(
+                    sop_instance_uid=h.sop_instance_uid,
+                    image_position=h.image_position,
+                    image_orientation=h.image_orientation,
+                    score=float(value),
+                    frame_of_reference_uid=h.frame_of_reference_uid,
+                )
+            )
+        waiting.clear()
+
+    for path in dicomio.find(list(paths)):
+        progress(1)
+        try:
+            decoded = dicomio.decode(path, scorer.bundle.spec)
+        except DicomError as exc:
+            unreadable[exc.reason] += 1
+            continue
+        headers.setdefault(decoded.header.series_uid, decoded.header)
+        if decoded.reason is not None:
+            aside[decoded.header.series_uid][decoded.reason] += 1
+            continue
+        waiting.append(decoded)
+        if len(waiting) == scorer.batch:
+            flush()
+    flush()
+    series = [
+        ScoredSeries(h, _outcome(uid, slices[uid], aside[uid], scorer), dict(aside[uid]))
+        for uid, h in headers.items()
+    ]
+    series.sort(key=lambda s: (s.header.study_uid, s.header.series_uid))
+    return ScoredFiles(tuple(series), dict(unreadable))
+
+
+def best_offset(
+    fixed: Sequence[ScoreCurve], moving: Sequence[ScoreCurve], method: Method
+) -> tuple[ScoreCurve, ScoreCurve, Offset] | None:
+    """Return the pair of curves with the most trustworthy offset, None where there is no pair.
+
+    `ok` before `extrapolated` before `refused`, then the longer overlap.
+    """
+    order = list(OffsetStatus)
+    found = [(f, m, align.align(f, m, method)) for f in fixed for m in moving]
+    return min(
+        found,
+        key=lambda t: (order.index(t[2].status), -(t[2].overlap_mm or 0.0)),
+        default=None,
+    )
+
+
+def _outcome(
+    series_uid: str, slices: list[ScoredSlice], aside: Counter[str], scorer: Scorer
+) -> ScoreCurve | Refusal:
+    if not slices:
+        return Refusal(series_uid, Reason(aside.most_common(1)[0][0]))
+    unique = {(s.sop_instance_uid, s.frame): s for s in slices}
+    return curve.assemble(
+        list(unique.values()),
+        series_uid=series_uid,
+        model=scorer.bundle.digest,
+        heights=scorer.bundle.heights,
+        refused=sum(aside.values()),
+    )

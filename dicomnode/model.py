@@ -1,0 +1,256 @@
+"""The frozen values that stages hand on to each other.
+
+Lengths are mm in the patient coordinate system (LPS, PS3.3 C.7.6.2.1.1), times are UTC,
+intensities HU. Each value is made whole or not at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Scores = npt.NDArray[np.float32]
+
+
+class SeriesState(StrEnum):
+    """Where a Series stands. Every Series leaves `OPEN`, possibly to return to it."""
+
+    OPEN = "open"
+    CURVE = "curve"
+    IGNORED = "ignored"
+    QUARANTINED = "quarantined"
+
+
+class Reason(StrEnum):
+    """Why a slice or a Series was set aside; shown by `dicomnode series` and counted."""
+
+    # ignored: a sound object that is not what the regressor was made for
+    NOT_CT = "not_ct_image"
+    MULTI_FRAME = "multi_frame"
+    LOCALIZER = "localizer"
+    REFORMAT = "reformat"
+    NON_AXIAL = "non_axial"
+    TILT = "tilt"
+    TOO_FEW_POSITIONS = "too_few_positions"
+    TOO_SHORT = "too_short"
+    # quarantined: the object is unsound, a person should look
+    NOT_DICOM = "not_dicom"
+    BAD_UID = "bad_uid"
+    CORRUPT = "corrupt"
+    PIXEL_DATA = "pixel_data"
+    UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
+    NO_GEOMETRY = "no_geometry"
+    NOT_ONE_STACK = "not_one_stack"
+
+    @property
+    def state(self) -> SeriesState:
+        """The state of a Series that ends for this reason."""
+        return SeriesState.IGNORED if self in _IGNORED else SeriesState.QUARANTINED
+
+
+_IGNORED = frozenset(
+    {
+        Reason.NOT_CT,
+        Reason.MULTI_FRAME,
+        Reason.LOCALIZER,
+        Reason.REFORMAT,
+        Reason.NON_AXIAL,
+        Reason.TILT,
+        Reason.TOO_FEW_POSITIONS,
+        Reason.TOO_SHORT,
+    }
+)
+
+
+class Flag(StrEnum):
+    """What a reader of a curve should know; a curve with flags is still a curve."""
+
+    DUPLICATE_POSITION = "duplicate_position"
+    GAP = "gap"
+    UNEVEN_SPACING = "uneven_spacing"
+    FRAME_OF_REFERENCE_VARIES = "frame_of_reference_varies"
+    LOW_CORRELATION = "low_correlation"
+    REVERSED = "reversed"
+    SLOPE = "slope"
+    SLICES_REFUSED = "slices_refused"
+
+
+class Evidence(StrEnum):
+    """Why a Series was taken to be complete."""
+
+    EXPECTED_COUNT = "expected_count"
+    RELEASED_AND_QUIET = "released_and_quiet"
+    ASSOCIATION_LOST = "association_lost"
+    QUIET = "quiet"
+
+
+class Method(StrEnum):
+    """How an offset was estimated."""
+
+    FAST = "fast"
+    L1 = "l1"
+
+
+class OffsetStatus(StrEnum):
+    """What an offset may be used for."""
+
+    OK = "ok"
+    EXTRAPOLATED = "extrapolated"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledInstance:
+    """One Instance on stable storage: a DICOM Part 10 file with a name of our own making."""
+
+    path: Path
+    association_id: str
+    arrived_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledEvent:
+    """The end of an association, as the receiver wrote it to the spool.
+
+    `kind` is "released", "aborted", or "started": a receiver that starts anew
+    says so, and every association opened before that is over.
+    """
+
+    path: Path
+    association_id: str
+    kind: str
+    arrived_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PatientKey:
+    """Identity of a patient within this node.
+
+    Two keys are the same patient only when both parts agree exactly. An empty
+    `patient_id` is nobody: such a study has no priors.
+    """
+
+    patient_id: str
+    issuer: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether studies may be matched by this key at all."""
+        return bool(self.patient_id)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceHeader:
+    """What the node reads of one single-frame Instance, pixels aside."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_uid: str
+    study_uid: str
+    patient: PatientKey
+    study_datetime: datetime | None
+    modality: str
+    image_type: tuple[str, ...]
+    image_position: tuple[float, ...] | None  # (3,) mm, LPS
+    image_orientation: tuple[float, ...] | None  # (6,) row, then column direction cosines
+    pixel_spacing: tuple[float, ...] | None  # (2,) mm between rows, mm between columns
+    rows: int
+    columns: int
+    number_of_frames: int = 1
+    frame_of_reference_uid: str = ""
+    body_part_examined: str = ""
+    manufacturer: str = ""
+    expected_instances: int | None = None  # NumberOfSeriesRelatedInstances (0020,1209)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSlice:
+    """The score of one slice, with what is needed to place it in its stack."""
+
+    sop_instance_uid: str
+    image_position: tuple[float, ...]  # (3,) mm, LPS
+    image_orientation: tuple[float, ...]  # (6,)
+    score: float
+    frame: int = 1  # counted from 1, as in PS3.3
+    frame_of_reference_uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How straight a curve is.
+
+    `pearson_r` is the correlation of score with position; `slope` is learned mm
+    (body height) per true mm, 1 for the average adult.
+    """
+
+    pearson_r: float
+    slope: float
+    flags: tuple[Flag, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCurve:
+    """Slice scores of one Series against position.
+
+    z_mm is strictly increasing along the slice normal (patient coordinates, LPS);
+    score, height_mm, sop_instance_uids and frames run parallel to it.
+    """
+
+    series_uid: str
+    model: str  # digest of the weight bundle
+    z_mm: Floats  # (N,) float64
+    score: Scores  # (N,) float32, unitless
+    height_mm: Floats  # (N,) float64, body height
+    sop_instance_uids: tuple[str, ...]
+    frames: tuple[int, ...]
+    quality: Quality
+
+    def __post_init__(self) -> None:
+        n = len(self.z_mm)
+        if n < 2:
+            raise ValueError(f"a curve needs two positions, got {n}")
+        parallel: Sequence[Sequence[object] | Floats | Scores] = (
+            self.score,
+            self.height_mm,
+            self.sop_instance_uids,
+            self.frames,
+        )
+        if any(len(part) != n for part in parallel):
+            raise ValueError("z_mm, score, height_mm, sop_instance_uids, frames differ in length")
+        if not (np.diff(self.z_mm) > 0).all():
+            raise ValueError("z_mm is not strictly increasing")
+        if not np.isfinite(self.score).all():
+            raise ValueError("a score is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A Series that ends without a curve, and why."""
+
+    series_uid: str
+    reason: Reason
+
+    def __str__(self) -> str:
+        return f"{self.reason.state}:{self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """`z_fixed = z_moving + offset_mm` for the same anatomy.
+
+    Numbers are None where they were not estimated, never 0 in their stead.
+    """
+
+    method: Method
+    status: OffsetStatus
+    offset_mm: float | None = None
+    overlap_mm: float | None = None
+    sigma_mm: float | None = None
+    reason: str | None = None
+    dx_mm: float | None = None
+    dy_mm: float | None = None

@@ -1,0 +1,41 @@
+"""Computes the offset of each pair that waits for one.
+
+Reads two curves, writes the offset.
+"""
+
+import time
+from datetime import UTC, datetime
+
+from sqlalchemy import Engine
+
+from dicomnode import store
+from dicomnode.core import align
+
+# Pairs a transaction: few enough that slices are not kept waiting.
+PAIRS = 50
+
+
+class AlignStage:
+    """Works off pending pairs, oldest first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def step(self) -> int:
+        """Store the offsets of some pending pairs, and return how many."""
+        with store.reading(self.engine) as session:
+            if not store.pending_offsets(session, 1):
+                return 0
+        with store.writing(self.engine) as session:
+            pending = store.pending_offsets(session, PAIRS)
+            curves = store.curves_of(
+                session, {uid for p in pending for uid in (p.fixed_series, p.moving_series)}
+            )
+            for pair in pending:
+                start = time.perf_counter()
+                offset = align.align(
+                    curves[pair.fixed_series], curves[pair.moving_series], pair.method
+                )
+                seconds = time.perf_counter() - start
+                store.store_offset(session, pair, offset, datetime.now(UTC), seconds)
+        return len(pending)

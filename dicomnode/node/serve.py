@@ -1,0 +1,202 @@
+"""Runs the stages: a receiver process and one worker process that owns the device."""
+
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from sqlalchemy import Engine
+
+from dicomnode import store
+from dicomnode.config import Settings
+from dicomnode.errors import ConfigError, TransientError, WeightsError
+from dicomnode.spool import Spool
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("receive", "work")
+IDLE_S = 0.2  # between looks at an empty spool
+RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
+STOP_S = 20.0  # a part that does not stop by itself in this time is killed
+
+
+class Worker:
+    """Takes one spool through score, assemble and align, a little of each in turn.
+
+    No stage waits for the next: each step does a bounded piece of work and commits it.
+    """
+
+    def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
+        from dicomnode import weights
+        from dicomnode.node.align import AlignStage
+        from dicomnode.node.assemble import AssembleStage
+        from dicomnode.node.score import Scorer, ScoreStage
+
+        bundle = weights.load(settings.score.model)
+        scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+        issuers = {p.ae_title: p.default_issuer for p in settings.node.peers if p.default_issuer}
+        with store.writing(engine) as session:
+            store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
+        self._score = ScoreStage(spool, engine, scorer, issuers)
+        self._assemble = AssembleStage(
+            engine, bundle, settings.series.quiet_seconds, settings.series.lost_seconds
+        )
+        self._align = AlignStage(engine)
+        self._assembled_at = 0.0
+        logger.info(
+            "worker started",
+            extra={"model": bundle.name, "digest": bundle.digest, "device": str(scorer.device)},
+        )
+
+    def close(self) -> None:
+        """Let go of threads."""
+        self._score.close()
+
+    def step(self) -> int:
+        """Do a little of everything that can be done now, and return how much that was.
+
+        0 means that nothing is left to do, except that open Series may become quiet.
+        """
+        taken = self._score.step()
+        done = taken.instances + (taken.until is not None)
+        now = datetime.now(UTC)
+        # With a backlog, looking for complete Series after every batch would be waste.
+        if taken.until is None or time.monotonic() - self._assembled_at > 1.0:
+            self._assembled_at = time.monotonic()
+            done += self._assemble.step(taken.until or now, now)
+        return done + self._align.step()
+
+
+def work(settings: Settings, stop: threading.Event) -> None:
+    """Work until `stop` is set; errors of the database or device are waited out."""
+    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+    with spool.lease(), contextlib.ExitStack() as stack:
+        # The database may come up after the node: its absence is waited out as well.
+        engine = _persist(
+            lambda: stack.enter_context(store.opened(settings.database.url, create=True)), stop
+        )
+        if engine is None:
+            return
+        worker = _persist(lambda: Worker(settings, spool, engine), stop)
+        if worker is None:
+            return
+        stack.callback(worker.close)
+        while not stop.is_set():
+            if not _persist(worker.step, stop):
+                stop.wait(IDLE_S)
+
+
+@contextlib.contextmanager
+def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
+    """Give a worker to a caller that steps it itself, under the spool's lease.
+
+    Raises
+    ------
+    ConfigError
+        If another worker is at that spool.
+    """
+    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+    with spool.lease(), store.opened(settings.database.url, create=True) as engine:
+        worker = Worker(settings, spool, engine)
+        try:
+            yield worker, spool, engine
+        finally:
+            worker.close()
+
+
+def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
+    """Return what the call gives; repeat it while it fails, None once `stop` is set."""
+    failures = 0
+    while not stop.is_set():
+        try:
+            return call()
+        except (ConfigError, WeightsError):
+            raise
+        except TransientError as exc:
+            logger.warning("worker waits", extra={"reason": str(exc)})
+        except Exception:  # must outlive one job
+            logger.exception("worker step failed")
+        stop.wait(RETRY_S[min(failures, len(RETRY_S) - 1)])
+        failures += 1
+    return None
+
+
+@dataclass(slots=True)
+class _Part:
+    name: str
+    process: subprocess.Popen[bytes]
+    started: float
+    failures: int = 0
+    restart_at: float | None = None
+
+
+def supervise(config: Path | None, stop: threading.Event, options: Sequence[str]) -> int:
+    """Run both parts as processes of their own until `stop` is set, and restart what dies.
+
+    Each part ends by itself when this process is gone: it holds the reading end of a pipe.
+
+    Returns
+    -------
+    int
+        Exit status: 2 where a part says that its settings are wrong.
+    """
+    parts = [_Part(name, _spawn(name, config, options), time.monotonic()) for name in PARTS]
+    try:
+        while not stop.wait(0.2):
+            for part in parts:
+                if _look_after(part, config, options) == 2:
+                    return 2
+    finally:
+        _stop(parts)
+    return 0
+
+
+def _look_after(part: _Part, config: Path | None, options: Sequence[str]) -> int | None:
+    now = time.monotonic()
+    if part.restart_at is not None:
+        if now >= part.restart_at:
+            part.process, part.started, part.restart_at = (
+                _spawn(part.name, config, options),
+                now,
+                None,
+            )
+        return None
+    status = part.process.poll()
+    if status is None:
+        return None
+    if status == 2:  # a wrong setting: starting again would not help
+        return 2
+    part.failures = 0 if now - part.started > 60 else part.failures + 1
+    delay = 0.0 if part.failures == 0 else RETRY_S[min(part.failures - 1, len(RETRY_S) - 1)]
+    logger.error("part died", extra={"part": part.name, "status": status, "restart_s": delay})
+    part.restart_at = now + delay
+    return None
+
+
+def _spawn(name: str, config: Path | None, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dicomnode", "serve", "--only", name, "--until-eof"]
+    if config is not None:
+        command += ["--config", str(config)]
+    return subprocess.Popen([*command, *options], stdin=subprocess.PIPE)
+
+
+def _stop(parts: list[_Part]) -> None:
+    for part in parts:
+        if part.process.stdin is not None:
+            part.process.stdin.close()
+    deadline = time.monotonic() + STOP_S
+    for part in parts:
+        try:
+            part.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            part.process.kill()
+            part.process.wait()

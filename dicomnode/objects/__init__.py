@@ -1,0 +1,1 @@
+"""Objects that other programs read: ITK transforms."""

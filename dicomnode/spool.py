@@ -1,0 +1,215 @@
+"""The spool: where what was received waits, on stable storage, for the worker.
+
+A folder with `incoming/` and `quarantine/`. Names are of our own making and sort by arrival;
+nothing of a data set ever becomes part of a path.
+"""
+
+import contextlib
+import errno
+import fcntl
+import heapq
+import itertools
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dicomnode.errors import ConfigError, SpoolFull
+from dicomnode.model import Reason, SpooledEvent, SpooledInstance
+
+Entry = SpooledInstance | SpooledEvent
+Bytes = bytes | bytearray | memoryview
+
+EVENT_KINDS = ("released", "aborted", "started")
+
+_NAME = re.compile(rf"(\d{{20}})-\d{{6}}-([0-9a-f]{{16}})\.(dcm|{'|'.join(EVENT_KINDS)})")
+# What the disk answers when it takes no more: the sender is to keep the object.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
+
+
+class Spool:
+    """Instances and ends of associations between the receiver and the worker.
+
+    Any number of processes may put; one, which holds the `lease`, takes.
+    """
+
+    def __init__(self, path: Path, reserve_bytes: int = 0) -> None:
+        self.path = path.absolute()
+        self.reserve_bytes = reserve_bytes
+        self._incoming = self.path / "incoming"
+        self._quarantine = self.path / "quarantine"
+        self._naming = threading.Lock()
+        self._time_ns = 0
+        self._counter = itertools.count()
+        try:
+            _make_directory(self._incoming)
+            _make_directory(self._quarantine)
+        except OSError as exc:
+            raise ConfigError(f"spool.path: {self.path}: {exc.strerror}") from exc
+
+    def put(self, data: Bytes | Sequence[Bytes], association_id: str) -> SpooledInstance:
+        """Return the Instance once it is on stable storage and will survive a power cut.
+
+        Parameters
+        ----------
+        data
+            A DICOM Part 10 file, whole or in parts.
+        association_id
+            16 hexadecimal digits, the same for all Instances of one association.
+
+        Raises
+        ------
+        SpoolFull
+            If the disk takes no more, or `reserve_bytes` would no longer be free.
+        """
+        parts = [data] if isinstance(data, Bytes) else data
+        size = sum(map(len, parts))
+        if self.free_bytes() - size < self.reserve_bytes:
+            raise SpoolFull(
+                f"{size} bytes more would leave less than {self.reserve_bytes} bytes "
+                f"free in {self.path}"
+            )
+        path, arrived_at = self._write(parts, association_id, "dcm")
+        return SpooledInstance(path, association_id, arrived_at)
+
+    def put_event(self, association_id: str, kind: str) -> SpooledEvent:
+        """Return the event once it is on stable storage.
+
+        An event is an empty file, so it may go into the reserve.
+        """
+        if kind not in EVENT_KINDS:
+            raise ValueError(f"no kind of event: {kind!r}")
+        path, arrived_at = self._write([], association_id, kind)
+        return SpooledEvent(path, association_id, kind, arrived_at)
+
+    def pending(self, limit: int, in_flight: Iterable[Entry] = ()) -> list[Entry]:
+        """Return what waits, oldest first, `limit` entries at most, without those in flight.
+
+        There is no "after this name": of two Instances written at the same time, the one that
+        arrived first may appear last.
+        """
+        skip = {entry.path.name for entry in in_flight}
+        with os.scandir(self._incoming) as files:
+            matches = (_NAME.fullmatch(file.name) for file in files if file.name not in skip)
+            ours = (match for match in matches if match)
+            oldest = heapq.nsmallest(limit, ours, key=lambda match: match[0])
+        return [self._entry(match) for match in oldest]
+
+    def remove(self, entry: Entry) -> None:
+        """Forget an entry that was dealt with; a second time does no harm.
+
+        Not made durable: an entry that a power cut brings back is dealt with again.
+        """
+        entry.path.unlink(missing_ok=True)
+
+    def quarantine(self, entry: SpooledInstance, reason: Reason) -> Path:
+        """Set an Instance aside for a person to look at, and return where it lies now."""
+        aside = self._quarantine / f"{entry.path.stem}-{reason}.dcm"
+        with self._refusals():
+            try:
+                os.replace(entry.path, aside)
+            except FileNotFoundError:
+                if not aside.exists():  # else an earlier run was cut off after this step
+                    raise
+            fsync_directory(self._quarantine)
+            fsync_directory(self._incoming)
+        return aside
+
+    def clean(self) -> None:
+        """Remove what processes that died left half written."""
+        for part in self._incoming.glob(".*.part"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), open(part, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+    def free_bytes(self) -> int:
+        """Return the bytes an unprivileged process can still write to the disk."""
+        disk = os.statvfs(self._incoming)
+        return disk.f_bavail * disk.f_frsize
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold the right to take from this spool, until the block ends or the process dies.
+
+        Raises
+        ------
+        ConfigError
+            If another worker holds it.
+        """
+        with open(self.path / ".lease", "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise ConfigError(f"spool.path: another worker is at {self.path}") from exc
+            yield
+
+    def _write(
+        self, parts: Sequence[Bytes], association_id: str, suffix: str
+    ) -> tuple[Path, datetime]:
+        name = self._new_name(association_id, suffix)
+        final = self._incoming / name
+        part = self._incoming / f".{name}.part"  # same directory, so the rename is atomic
+        try:
+            with self._refusals():
+                with open(part, "xb") as file:
+                    # The kernel drops this lock when the process dies: `clean` goes by it.
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    file.writelines(parts)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(part, final)
+                fsync_directory(self._incoming)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+        return final, _arrival(name[:20])
+
+    def _new_name(self, association_id: str, suffix: str) -> str:
+        with self._naming:
+            # Never backwards, whatever the clock does; the counter orders equal times.
+            self._time_ns = max(self._time_ns, time.time_ns())
+            count = next(self._counter) % 1_000_000
+            name = f"{self._time_ns:020d}-{count:06d}-{association_id}.{suffix}"
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"no association id: {association_id!r}")
+        return name
+
+    def _entry(self, match: re.Match[str]) -> Entry:
+        path, association_id, kind = self._incoming / match[0], match[2], match[3]
+        if kind == "dcm":
+            return SpooledInstance(path, association_id, _arrival(match[1]))
+        return SpooledEvent(path, association_id, kind, _arrival(match[1]))
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            if exc.errno in _REFUSED:
+                raise SpoolFull(f"{self.path}: {exc.strerror}") from exc
+            raise
+
+
+def fsync_directory(path: Path) -> None:
+    """Bring the names in a directory to stable storage."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_directory(path: Path) -> None:
+    # For the owner alone: what lies here identifies patients.
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        fsync_directory(path.parent)
+
+
+def _arrival(time_ns: str) -> datetime:
+    return datetime.fromtimestamp(int(time_ns) / 1e9, UTC)

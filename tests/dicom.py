@@ -1,0 +1,83 @@
+"""DICOM objects for tests, made and never stored."""
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from pydicom import FileMetaDataset
+from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+# What must not show up in any log.
+PATIENT_NAME = "CANARY^NAME"
+PATIENT_ID = "CANARY-ID"
+
+
+def ct_dataset(**overrides: Any) -> Dataset:
+    """Return one axial CT slice of 64 x 64 pixels, 5 mm apart from its neighbours.
+
+    Parameters
+    ----------
+    **overrides
+        Attributes by keyword, in place of those here; None leaves one out. `TransferSyntaxUID`
+        goes to the file meta information.
+    """
+    transfer_syntax_uid = overrides.pop("TransferSyntaxUID", ExplicitVRLittleEndian)
+    stored = np.arange(64 * 64, dtype="<i2").reshape(64, 64)  # -1024 HU and more
+    attributes: dict[str, Any] = {
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "SOPClassUID": CTImageStorage,
+        "SOPInstanceUID": generate_uid(None),
+        "StudyInstanceUID": generate_uid(None),
+        "SeriesInstanceUID": generate_uid(None),
+        "FrameOfReferenceUID": generate_uid(None),
+        "StudyDate": "20260105",
+        "StudyTime": "081500",
+        "SeriesNumber": "2",
+        "InstanceNumber": "1",
+        "Modality": "CT",
+        "Manufacturer": "made",
+        "BodyPartExamined": "CHEST",
+        "PatientName": PATIENT_NAME,
+        "PatientID": PATIENT_ID,
+        "PatientPosition": "HFS",
+        "SliceThickness": "5",
+        "ImagePositionPatient": ["-24", "-24", "100"],
+        "ImageOrientationPatient": ["1", "0", "0", "0", "1", "0"],
+        "PixelSpacing": ["0.75", "0.75"],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "Rows": 64,
+        "Columns": 64,
+        "BitsAllocated": 16,
+        "BitsStored": 16,
+        "HighBit": 15,
+        "PixelRepresentation": 1,
+        "RescaleIntercept": "-1024",
+        "RescaleSlope": "1",
+        "PixelData": stored.tobytes(),
+        **overrides,
+    }
+    ds = Dataset()
+    for keyword, value in attributes.items():
+        if value is not None:
+            setattr(ds, keyword, value)
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = transfer_syntax_uid
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    return ds
+
+
+def part10(ds: Dataset) -> bytes:
+    """Return a data set as the bytes of a DICOM Part 10 file."""
+    file = BytesIO()
+    ds.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def without_meta(data: bytes) -> bytes:
+    """Return what follows the file meta information of a DICOM Part 10 file."""
+    # (0002,0000) FileMetaInformationGroupLength: 8 bytes after the prefix, then its value.
+    length = int.from_bytes(data[140:144], "little")
+    return data[144 + length :]

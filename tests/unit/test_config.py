@@ -1,0 +1,163 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from dicomnode import config
+from dicomnode.errors import ConfigError
+
+SAMPLE = Path(__file__).parents[2] / "docs" / "node.toml"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in [name for name in os.environ if name.upper().startswith("DICOMNODE_")]:
+        monkeypatch.delenv(name)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "node.toml"
+    path.write_text(text)
+    return path
+
+
+def settings_keys() -> list[tuple[str, str]]:
+    return [
+        (section, key)
+        for section, field in config.Settings.model_fields.items()
+        for key in type(field.default).model_fields
+    ]
+
+
+def test_the_sample_is_the_defaults():
+    assert config.load(SAMPLE) == config.load(None)
+
+
+@pytest.mark.parametrize(("section", "key"), settings_keys())
+def test_every_setting_is_in_the_sample_with_a_comment_beneath(section, key):
+    text = SAMPLE.read_text().partition(f"[{section}]\n")[2].partition("\n[")[0]
+    # What is unset by default is shown as a comment, since TOML has no null.
+    assert re.search(rf"^(# )?{key} = .*\n# ", text, re.MULTILINE)
+
+
+def test_every_key_of_a_peer_is_in_the_sample():
+    text = SAMPLE.read_text()
+    assert all(key in text for key in config.Peer.model_fields)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [config.Peer, *(type(field.default) for field in config.Settings.model_fields.values())],
+)
+def test_every_setting_is_described(model):
+    assert all(field.description for field in model.model_fields.values())
+
+
+def test_the_file_overrides_the_defaults(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        [node]
+        port = 104
+        peers = [{ ae_title = " PACS ", host = "pacs", port = 4242, default_issuer = "WARD" }]
+        [spool]
+        path = "/var/spool/dicomnode"
+        """,
+    )
+    settings = config.load(path)
+    assert settings.node.port == 104
+    assert settings.node.peers == (
+        config.Peer(ae_title="PACS", host="pacs", port=4242, calling=True, default_issuer="WARD"),
+    )
+    assert settings.spool.path == Path("/var/spool/dicomnode")
+    assert settings.node.ae_title == "DICOMNODE"
+
+
+def test_the_environment_overrides_the_file_key_by_key(tmp_path, monkeypatch):
+    path = write(tmp_path, '[node]\nport = 104\nae_title = "FILE"')
+    monkeypatch.setenv("DICOMNODE_NODE__PORT", "105")
+    monkeypatch.setenv(
+        "DICOMNODE_NODE__PEERS", '[{"ae_title": "PACS", "host": "h", "port": 1, "calling": false}]'
+    )
+    settings = config.load(path)
+    assert (settings.node.port, settings.node.ae_title) == (105, "FILE")
+    assert [peer.calling for peer in settings.node.peers] == [False]
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        config.load(None).node.port = 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[node]\nport = 70000", "node.port"),
+        ("[node]\nprot = 104", "node.prot"),
+        ("[nodes]\nport = 104", "nodes"),
+        ('[node]\nae_title = "SEVENTEEN_LETTERS"', "node.ae_title"),
+        ('[node]\nae_title = "   "', "node.ae_title"),
+        ('[node]\nae_title = "BACK\\\\SLASH"', "node.ae_title"),
+        ('[node]\nae_title = "TAB\\tTAB"', "node.ae_title"),
+        ('[node]\nae_title = "ÄRZTE"', "node.ae_title"),
+        ('[node]\nhost = ""', "node.host"),
+        ('[node]\npeers = [{ ae_title = "PACS", host = "pacs" }]', "node.peers.0.port"),
+        (
+            '[node]\npeers = [{ ae_title = "A", host = "a", port = 1 }, '
+            '{ ae_title = "A", host = "b", port = 2 }]',
+            "node.peers: two peers have the AE title A",
+        ),
+        ("[spool]\nreserve_bytes = -1", "spool.reserve_bytes"),
+        ('[score]\ndevice = "tpu"', "score.device"),
+        ("[score]\nbatch = 0", "score.batch"),
+        ("[series]\nquiet_seconds = nan", "series.quiet_seconds"),
+        ("[series]\nlost_seconds = 0", "series.lost_seconds"),
+        ("node = 1", "node"),
+        ("[node", "node.toml"),
+    ],
+)
+def test_a_problem_names_its_key(tmp_path, text, key):
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        config.load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("DICOMNODE_NODE__PORT", "x", "node.port"),
+        ("DICOMNODE_NODE__PEERS", "[{", "node.peers"),
+        ("DICOMNODE_NODE__PROT", "104", "DICOMNODE_NODE__PROT"),
+        ("DICOMNODE_PORT", "104", "DICOMNODE_PORT"),
+        ("DICOMNODE_NODE", "{}", "DICOMNODE_NODE"),
+    ],
+)
+def test_a_problem_in_the_environment_names_its_key(monkeypatch, name, value, key):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        config.load(None)
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, "[node]\nport = -1\n[score]\nbatch = 0"))
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "node.port",
+        "score.batch",
+    ]
+
+
+def test_variables_of_the_test_suite_are_no_settings(monkeypatch):
+    monkeypatch.setenv("DICOMNODE_TEST_POSTGRES", "postgresql://")
+    config.load(None)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.toml: No such file"):
+        config.load(tmp_path / "missing.toml")
+
+
+def test_a_password_does_not_show(tmp_path):
+    settings = config.load(write(tmp_path, '[database]\nurl = "postgresql://u:secret@h/db"'))
+    assert settings.database.url.endswith("@h/db")
+    assert "secret" not in repr(settings)

@@ -1,0 +1,1 @@
+"""Builds the body-part regressor from archived studies; the node never imports it."""
