@@ -4,29 +4,42 @@ Tables and JSON go to stdout, messages and progress to stderr. Exit status 0; 1:
 or refused; 2: wrong usage or setting.
 """
 
-import csv
+import contextlib
 import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.errors import ConfigError, NodeError, WeightsError
-from dicomnode.model import Method, Offset, OffsetStatus, Refusal, ScoreCurve, SeriesState
+from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from dicomnode.files import ScoredFiles, ScoredSeries
+    from dicomnode.query import PairAnswer
+
+# What needs torch, a database or matplotlib is imported where it is used: `--help` and the
+# receiver start without.
 
 DEFAULT_CONFIG = Path("node.toml")
 METHODS = click.Choice([m.value for m in Method])
+# Piped, a table keeps its columns whole; in a terminal it folds.
+PIPED_WIDTH = 400
 
 
 class _Group(click.Group):
@@ -35,26 +48,32 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ConfigError, WeightsError) as exc:
-            click.echo(f"Error: {exc}", err=True)
-            ctx.exit(2)
         except NodeError as exc:
             click.echo(f"Error: {exc}", err=True)
-            ctx.exit(1)
+            ctx.exit(2 if isinstance(exc, ConfigError | WeightsError) else 1)
 
 
+_file = click.Path(dir_okay=False, path_type=Path)
+_existing = click.Path(exists=True, path_type=Path)
 _config_option = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Settings file; node.toml in this folder where there is one.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_csv_option = click.option("--csv", "csv_path", type=_file, help="Write slices to this file.")
+_png_option = click.option("--png", "png_path", type=_file, help="Draw to this file.")
+_transform_option = click.option(
+    "--transform", type=_file, help="Write an ITK transform (.tfm), fixed to moving points."
+)
 _model_option = click.option(
     "--model",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Weight bundle; the one that came with the node.",
 )
-_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda")
+_device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, mps, cuda or cuda:N."
+)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,7 +89,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--keep", is_flag=True, help="Keep the node and its data when all is shown.")
+@click.option("--keep", is_flag=True, help="Keep the node up when all is shown.")
 def demo(keep: bool) -> None:
     """Send phantom patients through a node of its own, and compare its offsets to the truth.
 
@@ -86,7 +105,12 @@ def demo(keep: bool) -> None:
 @_config_option
 @click.option("--only", type=click.Choice(["receive", "work"]), help="Run one part alone.")
 @click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
-@click.option("--log-level", default="INFO", show_default=True)
+@click.option(
+    "--log-level",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    show_default=True,
+)
 @click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin ends.")
 def serve(
     config: Path | None, only: str | None, log_json: bool, log_level: str, until_eof: bool
@@ -105,19 +129,17 @@ def serve(
     if until_eof:  # the supervisor holds the other end: it closes when that process is gone
         threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
     if only == "receive":
-        from dicomnode.node import receive
+        from dicomnode.node import receive  # alone: it needs neither torch nor a database
 
         receive.run(settings, stop)
-    elif only == "work":
-        from dicomnode.node import serve as parts
+        return
+    from dicomnode.node import serve as parts
 
+    if only == "work":
         parts.work(settings, stop)
     else:
-        from dicomnode.node import serve as parts
-
-        sys.exit(
-            parts.supervise(config, stop, ["--log-level", log_level] + ["--log-json"] * log_json)
-        )
+        options = ["--log-level", log_level] + ["--log-json"] * log_json
+        sys.exit(parts.supervise(config, stop, options))
 
 
 @main.command()
@@ -132,7 +154,8 @@ def check(config: Path | None, as_json: bool) -> None:
     from dicomnode import checks
 
     settings = configuration.load(_config_path(config))
-    results = [c for c in checks.run(settings)]
+    log.setup("ERROR", json=False)
+    results = list(checks.run(settings))
     if as_json:
         values = settings.model_dump(mode="json")
         values["database"]["url"] = checks.safe_url(settings.database.url)
@@ -147,7 +170,7 @@ def check(config: Path | None, as_json: bool) -> None:
 
 
 @main.command("import")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=_existing)
 @_config_option
 def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     """Take files through the same stages as if they had been sent; folders at any depth.
@@ -157,26 +180,28 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     \b
     Example:  dicomnode import /archive/2024
     """
-    from dicomnode import backfill
+    from dicomnode import backfill, dicomio
 
     settings = configuration.load(_config_path(config))
     log.setup("WARNING", json=False)
-    with _progress("importing") as advance:
+    total = sum(1 for _ in dicomio.find(list(paths)))
+    with _progress("importing", total) as advance:
         summary = backfill.run(list(paths), settings, advance)
     click.echo(
         f"{summary.files} files taken, {summary.skipped} are no DICOM; "
         f"the database holds {summary.curves} curves, {summary.pairs} offsets",
         err=True,
     )
+    sys.exit(0 if summary.files else 1)
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=_existing)
 @_model_option
 @_device_option
 @_json_option
-@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--png", "png_path", type=click.Path(dir_okay=False, path_type=Path))
+@_csv_option
+@_png_option
 def score(
     paths: tuple[Path, ...],
     model: Path | None,
@@ -190,16 +215,13 @@ def score(
     \b
     Example:  dicomnode score CT/ --png curves.png
     """
+    from dicomnode import present
+
     found = _score(paths, model, device)
     curves = [s.outcome for s in found.series if isinstance(s.outcome, ScoreCurve)]
-    if csv_path:
-        _write_csv(csv_path, curves)
-    if png_path and curves:
-        from dicomnode import plot
-
-        plot.curve_png([(_short(c.series_uid), c) for c in curves], png_path)
+    _write_curves(curves, csv_path, png_path)
     if as_json:
-        _print_json([_scored_json(s) for s in found.series])
+        _print_json([present.scored_json(s) for s in found.series])
     else:
         for s in found.series:
             _print_scored(s)
@@ -228,7 +250,7 @@ def series(
     \b
     Example:  dicomnode series --state quarantined
     """
-    from dicomnode import store
+    from dicomnode import present, store
 
     with _database(config) as engine, store.reading(engine) as session:
         rows = store.list_series(
@@ -240,33 +262,23 @@ def series(
         )
         quarantined = store.count_quarantined(session)
     if as_json:
-        _print_json([_series_json(r) for r in rows])
-    else:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title, justify in (
-            ("series", "left"), ("study", "left"), ("patient", "left"), ("state", "left"),
-            ("slices", "right"), ("r", "right"), ("slope", "right"), ("body height, mm", "right"),
-            ("set aside, flags", "left"),
-        ):  # fmt: skip
-            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for r in rows:
-            table.add_row(*_series_cells(r))
-        _console().print(table)
+        _print_json([present.series_json(r) for r in rows])
+    elif rows:
+        console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
+        console.print(present.series_table(rows))
     if quarantined:
-        total = sum(quarantined.values())
         detail = ", ".join(f"{reason} {n}" for reason, n in sorted(quarantined.items()))
-        click.echo(f"{total} files in quarantine: {detail}", err=True)
+        click.echo(f"{sum(quarantined.values())} files in quarantine: {detail}", err=True)
     if not rows:
-        click.echo("no such Series", err=True)
-    sys.exit(0 if rows else 1)
+        _nothing("no such Series")
 
 
 @main.command()
 @click.argument("series_uid")
 @_config_option
 @_json_option
-@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--png", "png_path", type=click.Path(dir_okay=False, path_type=Path))
+@_csv_option
+@_png_option
 def curve(
     series_uid: str,
     config: Path | None,
@@ -279,39 +291,35 @@ def curve(
     \b
     Example:  dicomnode curve 1.2.840.113619.2.55 --png curve.png
     """
-    from dicomnode import plot, query
+    from dicomnode import plot, present, query
 
     with _database(config) as engine:
         found = query.series_curve(engine, series_uid)
     if found is None:
         _nothing("the node never saw this Series")
-        return
+    row = found.series
     if found.curve is None:
-        row = found.series
-        if row.state is SeriesState.OPEN:
-            _nothing(f"still arriving: {row.scored} slices scored of {row.received} received")
-        _nothing(f"no curve: {row.state}:{row.reason}")
-        return
-    c = found.curve
-    if csv_path:
-        _write_csv(csv_path, [c])
-    if png_path:
-        plot.curve_png([(_short(series_uid), c)], png_path)
+        if row.state is not SeriesState.OPEN:
+            _nothing(f"no curve: {row.state}:{row.reason}")
+        if len(found.live_z_mm) > 1:
+            click.echo(plot.curve_text(found.live_z_mm, found.live_height_mm))
+        _nothing(f"still arriving: {row.scored} slices scored of {row.received} received")
+    _write_curves([found.curve], csv_path, png_path)
     if as_json:
-        _print_json(_curve_json(c))
-        return
-    click.echo(plot.curve_text(c.z_mm, c.height_mm))
-    click.echo(_quality_line(c))
+        _print_json(present.curve_json(found.curve))
+    else:
+        click.echo(plot.curve_text(found.curve.z_mm, found.curve.height_mm))
+        click.echo(present.quality_line(found.curve))
 
 
 @main.command()
 @click.argument("fixed_study")
 @click.argument("moving_study")
-@click.option("--method", type=METHODS, help="The best stored one where none is named.")
+@click.option("--method", type=METHODS, help="The best one where none is named.")
 @_config_option
 @_json_option
-@click.option("--transform", type=click.Path(dir_okay=False, path_type=Path), help="ITK .tfm")
-@click.option("--png", "png_path", type=click.Path(dir_okay=False, path_type=Path))
+@_transform_option
+@_png_option
 def offset(
     fixed_study: str,
     moving_study: str,
@@ -332,30 +340,18 @@ def offset(
         answer = query.pair(engine, fixed_study, moving_study, Method(method) if method else None)
     if answer is None:
         _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
-        return
-    s = answer.stored
-    _answer_offset(
-        answer.fixed,
-        answer.moving,
-        s.offset,
-        as_json=as_json,
-        transform=transform,
-        png_path=png_path,
-        studies=(s.fixed_study, s.moving_study),
-        computed_at=s.computed_at.isoformat(),
-        seconds=s.seconds,
-    )
+    _answer_offset(answer, as_json, transform, png_path)
 
 
 @main.command()
-@click.argument("fixed_path", type=click.Path(exists=True, path_type=Path))
-@click.argument("moving_path", type=click.Path(exists=True, path_type=Path))
+@click.argument("fixed_path", type=_existing)
+@click.argument("moving_path", type=_existing)
 @click.option("--method", type=METHODS, default=Method.L1.value, show_default=True)
 @_model_option
 @_device_option
 @_json_option
-@click.option("--transform", type=click.Path(dir_okay=False, path_type=Path), help="ITK .tfm")
-@click.option("--png", "png_path", type=click.Path(dir_okay=False, path_type=Path))
+@_transform_option
+@_png_option
 def align(
     fixed_path: Path,
     moving_path: Path,
@@ -371,44 +367,34 @@ def align(
     \b
     Example:  dicomnode align 2024/CT 2023/CT --png pair.png
     """
-    import time
-    from datetime import UTC, datetime
-
     from dicomnode import files
+    from dicomnode.query import PairAnswer
+    from dicomnode.store import StoredOffset
 
-    scored = [_score((path,), model, device) for path in (fixed_path, moving_path)]
+    curves: list[list[ScoreCurve]] = []
+    studies: dict[str, str] = {}
+    for path in (fixed_path, moving_path):
+        found = _score((path,), model, device)
+        curves.append([s.outcome for s in found.series if isinstance(s.outcome, ScoreCurve)])
+        studies |= {s.header.series_uid: s.header.study_uid for s in found.series}
+        if not curves[-1]:
+            states = ", ".join(str(s.outcome) for s in found.series) or "no CT Series"
+            _nothing(f"no curve in {path}: {states}")
     start = time.perf_counter()
-    curves = [
-        {s.outcome.series_uid: (s.header, s.outcome) for s in found.series
-         if isinstance(s.outcome, ScoreCurve)}
-        for found in scored
-    ]  # fmt: skip
-    best = files.best_offset(
-        [c for _, c in curves[0].values()], [c for _, c in curves[1].values()], Method(method)
-    )
-    if best is None:
-        for path, found in zip((fixed_path, moving_path), scored, strict=True):
-            states = ", ".join(
-                str(s.outcome) for s in found.series if isinstance(s.outcome, Refusal)
-            )
-            if not any(isinstance(s.outcome, ScoreCurve) for s in found.series):
-                click.echo(f"no curve in {path}: {states or 'no CT Series'}", err=True)
-        sys.exit(1)
+    best = files.best_offset(curves[0], curves[1], Method(method))
+    assert best is not None  # each side has a curve
     fixed, moving, result = best
-    _answer_offset(
-        fixed,
-        moving,
-        result,
-        as_json=as_json,
-        transform=transform,
-        png_path=png_path,
-        studies=(
-            curves[0][fixed.series_uid][0].study_uid,
-            curves[1][moving.series_uid][0].study_uid,
-        ),
-        computed_at=datetime.now(UTC).isoformat(),
+    stored = StoredOffset(
+        offset=result,
+        fixed_study=studies[fixed.series_uid],
+        fixed_series=fixed.series_uid,
+        moving_study=studies[moving.series_uid],
+        moving_series=moving.series_uid,
+        model=fixed.model,
+        computed_at=datetime.now(UTC),
         seconds=time.perf_counter() - start,
     )
+    _answer_offset(PairAnswer(stored, fixed, moving), as_json, transform, png_path)
 
 
 @main.group()
@@ -456,14 +442,14 @@ def _config_path(path: Path | None) -> Path | None:
     return path or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
 
 
-def _database(config: Path | None, *, checked: bool = True) -> Any:
+def _database(config: Path | None, *, checked: bool = True) -> "AbstractContextManager[Engine]":
     from dicomnode import store
 
     settings = configuration.load(_config_path(config))
     return store.opened(settings.database.url, checked=checked)
 
 
-def _score(paths: Sequence[Path], model: Path | None, device: str) -> Any:
+def _score(paths: Sequence[Path], model: Path | None, device: str) -> "ScoredFiles":
     from dicomnode import dicomio, files, weights
     from dicomnode.node.score import Scorer
 
@@ -473,214 +459,71 @@ def _score(paths: Sequence[Path], model: Path | None, device: str) -> Any:
         return files.score(list(paths), scorer, advance)
 
 
-def _progress(title: str, total: int | None = None) -> Any:
-    """A bar on stderr while a terminal is attached; gives a function that advances it."""
-    import contextlib
-    from collections.abc import Iterator
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr while a terminal is attached; give a function that advances it."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield partial(bar.advance, bar.add_task(title, total=total))
 
-    @contextlib.contextmanager
-    def shown() -> Iterator[Callable[..., None]]:
-        console = Console(stderr=True)
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as bar:
-            task = bar.add_task(title, total=total)
-            yield partial(bar.advance, task)
 
-    return shown()
+def _write_curves(
+    curves: Sequence[ScoreCurve], csv_path: Path | None, png_path: Path | None
+) -> None:
+    from dicomnode import plot, present
+
+    if csv_path and curves:
+        present.write_csv(csv_path, curves)
+    if png_path and curves:
+        plot.curve_png(curves, png_path)
 
 
 def _answer_offset(
-    fixed: ScoreCurve,
-    moving: ScoreCurve,
-    result: Offset,
-    *,
-    as_json: bool,
-    transform: Path | None,
-    png_path: Path | None,
-    studies: tuple[str, str],
-    computed_at: str,
-    seconds: float,
-) -> None:
-    from dicomnode import plot
+    answer: "PairAnswer", as_json: bool, transform: Path | None, png_path: Path | None
+) -> NoReturn:
+    from dicomnode import plot, present
 
+    stored, result = answer.stored, answer.stored.offset
     refused = result.status is OffsetStatus.REFUSED
     if transform and not refused:
         from dicomnode.objects import transform as itk
 
         itk.write(result, transform)
     if png_path:
-        plot.pair_png(fixed, moving, result, png_path)
+        plot.pair_png(answer.fixed, answer.moving, result, png_path)
     if as_json:
-        _print_json(
-            {
-                "fixed": {"study_uid": studies[0], "series_uid": fixed.series_uid},
-                "moving": {"study_uid": studies[1], "series_uid": moving.series_uid},
-                **{k: getattr(result, k) for k in _OFFSET_KEYS},
-                "model": fixed.model,
-                "computed_at": computed_at,
-                "seconds": seconds,
-            }
-        )
+        _print_json(present.offset_json(stored))
     elif refused:
         click.echo(f"refused: {result.reason}", err=True)
     else:
-        assert result.offset_mm is not None
-        click.echo(plot.pair_text(fixed, moving, result))
-        click.echo(
-            f"{result.method}: z_fixed = z_moving {result.offset_mm:+.1f} mm, "
-            f"overlap {result.overlap_mm:.0f} mm, {result.status}"
-        )
-        click.echo(f"fixed  {fixed.series_uid}\nmoving {moving.series_uid}")
+        click.echo(plot.pair_text(answer.fixed, answer.moving, result))
+        click.echo(present.offset_lines(stored))
     sys.exit(1 if refused else 0)
 
 
-_OFFSET_KEYS = (
-    "method", "offset_mm", "sigma_mm", "overlap_mm", "status", "reason", "dx_mm", "dy_mm",
-)  # fmt: skip
+def _print_scored(scored: "ScoredSeries") -> None:
+    from dicomnode import plot, present
 
-
-def _scored_json(scored: Any) -> dict[str, Any]:
-    header, outcome = scored.header, scored.outcome
-    has_curve = isinstance(outcome, ScoreCurve)
-    return {
-        "patient_id": header.patient.patient_id,
-        "study_uid": header.study_uid,
-        "series_uid": header.series_uid,
-        "state": SeriesState.CURVE if has_curve else outcome.reason.state,
-        "reason": None if has_curve else outcome.reason,
-        "model": outcome.model if has_curve else None,
-        "slices": _slices_json(outcome) if has_curve else [],
-        "quality": _quality_json(outcome) if has_curve else None,
-        "coverage": [],
-        "set_aside": scored.set_aside,
-    }
-
-
-def _curve_json(c: ScoreCurve) -> dict[str, Any]:
-    return {
-        "series_uid": c.series_uid,
-        "model": c.model,
-        "slices": _slices_json(c),
-        "quality": _quality_json(c),
-    }
-
-
-def _slices_json(c: ScoreCurve) -> list[dict[str, Any]]:
-    columns = zip(c.sop_instance_uids, c.frames, c.z_mm, c.score, c.height_mm, strict=True)
-    return [
-        {
-            "sop_instance_uid": uid,
-            "frame": frame,
-            "z_mm": round(float(z), 4),
-            "score": round(float(s), 5),
-            "height_mm": round(float(h), 2),
-        }
-        for uid, frame, z, s, h in columns
-    ]
-
-
-def _quality_json(c: ScoreCurve) -> dict[str, Any]:
-    q = c.quality
-    return {"pearson_r": q.pearson_r, "slope": q.slope, "reasons": list(q.flags)}
-
-
-def _series_json(r: Any) -> dict[str, Any]:
-    return {
-        "patient_id": r.patient.patient_id,
-        "issuer": r.patient.issuer,
-        "study_uid": r.study_uid,
-        "series_uid": r.series_uid,
-        "study_datetime": r.study_datetime.isoformat() if r.study_datetime else None,
-        "modality": r.modality,
-        "body_part_examined": r.body_part_examined,
-        "state": r.state,
-        "reason": r.reason,
-        "evidence": r.evidence,
-        "revision": r.revision,
-        "received": r.received,
-        "scored": r.scored,
-        "expected": r.expected,
-        "set_aside": r.set_aside,
-        "last_arrival_at": r.last_arrival_at.isoformat(),
-        "model": r.model,
-        "height_mm": r.height_mm,
-        "quality": None
-        if r.quality is None
-        else {
-            "pearson_r": r.quality.pearson_r,
-            "slope": r.quality.slope,
-            "reasons": list(r.quality.flags),
-        },
-    }
-
-
-def _series_cells(r: Any) -> list[str]:
-    state = r.state if r.reason is None else f"{r.state}:{r.reason}"
-    aside = [f"{reason} {n}" for reason, n in sorted(r.set_aside.items())]
-    quality = r.quality
-    return [
-        _short(r.series_uid),
-        _short(r.study_uid),
-        r.patient.patient_id or "-",
-        state,
-        f"{r.scored}/{r.received}",
-        f"{quality.pearson_r:.4f}" if quality else "",
-        f"{quality.slope:.2f}" if quality else "",
-        f"{r.height_mm[0]:.0f}..{r.height_mm[1]:.0f}" if r.height_mm else "",
-        ", ".join([*aside, *(quality.flags if quality else ())]),
-    ]
-
-
-def _print_scored(scored: Any) -> None:
-    from dicomnode import plot
-
-    outcome = scored.outcome
     click.secho(f"Series {scored.header.series_uid}", bold=True)
-    if isinstance(outcome, Refusal):
-        click.echo(f"{outcome}\n")
-        return
-    click.echo(plot.curve_text(outcome.z_mm, outcome.height_mm))
-    click.echo(_quality_line(outcome) + "\n")
-
-
-def _quality_line(c: ScoreCurve) -> str:
-    q = c.quality
-    flags = f", {', '.join(q.flags)}" if q.flags else ""
-    return (
-        f"{len(c.z_mm)} positions, body height {c.height_mm.min():.0f} to {c.height_mm.max():.0f} mm"
-        f", r {q.pearson_r:.4f}, slope {q.slope:.2f}{flags}"
-    )
-
-
-def _write_csv(path: Path, curves: Sequence[ScoreCurve]) -> None:
-    with open(path, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["series_uid", "sop_instance_uid", "frame", "z_mm", "score", "height_mm"])
-        for c in curves:
-            for s in _slices_json(c):
-                writer.writerow([c.series_uid, *s.values()])
+    if isinstance(scored.outcome, Refusal):
+        click.echo(f"{scored.outcome}\n")
+    else:
+        click.echo(plot.curve_text(scored.outcome.z_mm, scored.outcome.height_mm))
+        click.echo(present.quality_line(scored.outcome) + "\n")
 
 
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
-def _nothing(message: str) -> None:
+def _nothing(message: str) -> NoReturn:
     click.echo(message, err=True)
     sys.exit(1)
-
-
-def _short(uid: str) -> str:
-    return uid
-
-
-def _console() -> Console:
-    # Piped, a table keeps its columns whole; in a terminal it folds.
-    return Console() if sys.stdout.isatty() else Console(width=400)

@@ -104,9 +104,7 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
                 sop_instance_uid=_text(ds, "SOPInstanceUID"),
                 series_uid=_text(ds, "SeriesInstanceUID"),
                 study_uid=_text(ds, "StudyInstanceUID"),
-                patient=PatientKey(
-                    _text(ds, "PatientID"), _text(ds, "IssuerOfPatientID") or default_issuer
-                ),
+                patient=_patient(ds, default_issuer),
                 study_datetime=_datetime(_text(ds, "StudyDate"), _text(ds, "StudyTime")),
                 modality=_text(ds, "Modality"),
                 image_type=tuple(str(v).strip().upper() for v in _values(ds, "ImageType")),
@@ -247,7 +245,8 @@ def _values(ds: Dataset, keyword: str) -> list[Any]:
 
 def _text(ds: Dataset, keyword: str) -> str:
     values = _values(ds, keyword)
-    return str(values[0]).strip(" \0") if values else ""
+    # Postgres stores no NUL; in DICOM it is padding.
+    return str(values[0]).replace("\0", "").strip(" ") if values else ""
 
 
 def _floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -261,6 +260,13 @@ def _floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
 def _integer(ds: Dataset, keyword: str) -> int | None:
     values = _floats(ds, keyword, 1)
     return int(values[0]) if values else None
+
+
+def _patient(ds: Dataset, default_issuer: str) -> PatientKey:
+    patient_id, issuer = _text(ds, "PatientID"), _text(ds, "IssuerOfPatientID")
+    if max(len(patient_id), len(issuer)) > 64:  # PS3.5 Table 6.2-1, LO
+        return PatientKey("")  # cut to length, two patients might become one
+    return PatientKey(patient_id, issuer or default_issuer)
 
 
 def _datetime(date: str, time: str) -> datetime | None:

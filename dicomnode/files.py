@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import threadpoolctl
+
 from dicomnode import dicomio
 from dicomnode.core import align, curve
 from dicomnode.errors import DicomError
@@ -64,21 +66,22 @@ def score(
             )
         waiting.clear()
 
-    for path in dicomio.find(list(paths)):
-        progress(1)
-        try:
-            decoded = dicomio.decode(path, scorer.bundle.spec)
-        except DicomError as exc:
-            unreadable[exc.reason] += 1
-            continue
-        headers.setdefault(decoded.header.series_uid, decoded.header)
-        if decoded.reason is not None:
-            aside[decoded.header.series_uid][decoded.reason] += 1
-            continue
-        waiting.append(decoded)
-        if len(waiting) == scorer.batch:
-            flush()
-    flush()
+    with threadpoolctl.threadpool_limits(1, "blas"):  # its threads cost more than they bring
+        for path in dicomio.find(list(paths)):
+            progress(1)
+            try:
+                decoded = dicomio.decode(path, scorer.bundle.spec)
+            except DicomError as exc:
+                unreadable[exc.reason] += 1
+                continue
+            headers.setdefault(decoded.header.series_uid, decoded.header)
+            if decoded.reason is not None:
+                aside[decoded.header.series_uid][decoded.reason] += 1
+                continue
+            waiting.append(decoded)
+            if len(waiting) == scorer.batch:
+                flush()
+        flush()
     series = [
         ScoredSeries(h, _outcome(uid, slices[uid], aside[uid], scorer), dict(aside[uid]))
         for uid, h in headers.items()

@@ -38,6 +38,7 @@ class Reason(StrEnum):
     TILT = "tilt"
     TOO_FEW_POSITIONS = "too_few_positions"
     TOO_SHORT = "too_short"
+    OTHER_MODEL = "other_model"  # scored by another bundle than the rest of its Series
     # quarantined: the object is unsound, a person should look
     NOT_DICOM = "not_dicom"
     BAD_UID = "bad_uid"
@@ -63,6 +64,7 @@ _IGNORED = frozenset(
         Reason.TILT,
         Reason.TOO_FEW_POSITIONS,
         Reason.TOO_SHORT,
+        Reason.OTHER_MODEL,
     }
 )
 

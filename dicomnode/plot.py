@@ -29,11 +29,12 @@ def pair_text(
     return _text(series, "z of the fixed scan, mm", "body height, mm", width, height)
 
 
-def curve_png(curves: Sequence[tuple[str, ScoreCurve]], path: Path) -> None:
+def curve_png(curves: Sequence[ScoreCurve], path: Path) -> None:
     """Write body height over position of each curve, with its fitted line, after Figure 1."""
     figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for title, curve in curves:
+    for curve in curves:
+        quality = curve.quality
         (points,) = axes.plot(curve.z_mm, curve.height_mm, ".", markersize=4)
         slope, intercept = np.polyfit(curve.z_mm, curve.height_mm, 1)
         axes.plot(
@@ -42,7 +43,8 @@ def curve_png(curves: Sequence[tuple[str, ScoreCurve]], path: Path) -> None:
             "-",
             linewidth=0.8,
             color=points.get_color(),
-            label=f"{title}  r = {curve.quality.pearson_r:.4f}, slope {curve.quality.slope:.2f}",
+            label=f"{_title(curve.series_uid)}  "
+            f"r {quality.pearson_r:.4f}, slope {quality.slope:.2f}",
         )
     axes.set_xlabel("position along the slice normal, mm (towards the head)")
     axes.set_ylabel("body height, mm")
@@ -72,6 +74,11 @@ def pair_png(fixed: ScoreCurve, moving: ScoreCurve, offset: Offset, path: Path) 
         axes.legend(fontsize=8)
     before.set_ylabel("body height, mm")
     figure.savefig(path, dpi=150)
+
+
+def _title(series_uid: str) -> str:
+    # The end of a UID tells Series apart; its head is the same for a whole department.
+    return series_uid if len(series_uid) <= 20 else f"...{series_uid[-16:]}"
 
 
 def _text(

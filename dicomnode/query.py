@@ -3,21 +3,23 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import numpy as np
 from sqlalchemy import Engine
 
 from dicomnode import store
-from dicomnode.core import align
-from dicomnode.model import Method, ScoreCurve, ScoredSlice, SeriesState
+from dicomnode.core import align, geometry
+from dicomnode.model import Floats, Method, ScoreCurve, SeriesState
 from dicomnode.store import SeriesRow, StoredOffset
 
 
 @dataclass(frozen=True, slots=True)
 class SeriesCurve:
-    """A Series with its curve, or with the slices scored so far where it is still open."""
+    """A Series with its curve; where it is still open, with what was scored so far."""
 
     series: SeriesRow
     curve: ScoreCurve | None
-    live: tuple[ScoredSlice, ...] = ()
+    live_z_mm: Floats  # (n,) positions along the slice normal, feet to head
+    live_height_mm: Floats  # (n,)
 
 
 def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
@@ -26,8 +28,16 @@ def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
         rows = store.list_series(session, series_uid=series_uid)
         if not rows:
             return None
-        live = store.open_slices(session, series_uid) if rows[0].state is SeriesState.OPEN else []
-        return SeriesCurve(rows[0], store.curve_of(session, series_uid), tuple(live))
+        found = store.curve_of(session, series_uid)
+        opened = store.open_slices(session, series_uid)
+        if opened is None or opened.model is None:
+            return SeriesCurve(rows[0], found, np.empty(0), np.empty(0))
+        heights = store.heights_of(session, opened.model)
+    normal = geometry.slice_normal(np.array(opened.slices[0].image_orientation))
+    z_mm = geometry.slice_positions(np.array([s.image_position for s in opened.slices]), normal)
+    order = np.argsort(z_mm)
+    height_mm = heights([s.score for s in opened.slices])
+    return SeriesCurve(rows[0], found, z_mm[order], height_mm[order])
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,15 @@ class OpenSeries:
 
 
 @dataclass(frozen=True, slots=True)
+class Claimed:
+    """The slices of an open Series: those scored by one bundle, and those set aside."""
+
+    slices: tuple[ScoredSlice, ...]
+    set_aside: dict[str, str]  # SOP Instance UID -> reason
+    model: str | None  # digest of that bundle, None where nothing was scored
+
+
+@dataclass(frozen=True, slots=True)
 class PendingOffset:
     """One pair that waits for its offset."""
 
@@ -254,7 +263,8 @@ def open_series(session: Session) -> list[OpenSeries]:
 
 def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evidence | None:
     """Return the evidence that a Series is complete by `now`, or None where it is not."""
-    if series.expected is not None and series.received >= series.expected:
+    # Beyond the count, the count was wrong: a Series must not be finished at each further slice.
+    if series.received == series.expected:
         return Evidence.EXPECTED_COUNT
     if None in series.ends or now - series.last_arrival_at < quiet:
         return None
@@ -262,50 +272,39 @@ def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evid
     return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
 
 
-def claim_series(session: Session, series_id: int) -> list[ScoredSlice] | None:
-    """Lock an open Series and return its scored slices; None where another worker has it."""
+def claim_series(session: Session, series_id: int) -> Claimed | None:
+    """Lock an open Series and return its slices; None where another worker has it."""
     query = select(schema.Series.id).where(
         schema.Series.id == series_id, schema.Series.state == SeriesState.OPEN
     )
     # SQLite has one writer at a time, which is lock enough; Postgres skips what is claimed.
     if session.get_bind().dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
-    if session.scalar(query) is None:
-        return None
-    rows = session.scalars(
-        select(schema.Slice).where(
-            schema.Slice.series_id == series_id, schema.Slice.reason.is_(None)
-        )
-    )
-    return [
-        ScoredSlice(
-            sop_instance_uid=r.sop_instance_uid,
-            frame=r.frame,
-            image_position=tuple(r.image_position or ()),
-            image_orientation=tuple(r.image_orientation or ()),
-            score=float(r.score or 0.0),
-            frame_of_reference_uid=r.frame_of_reference_uid,
-        )
-        for r in rows
-    ]
+    return None if session.scalar(query) is None else _claimed(session, series_id)
 
 
-def set_aside(session: Session, series_id: int) -> dict[str, str]:
-    """Return SOP Instance UID -> reason of the slices of an open Series that have no score."""
-    rows = session.execute(
-        select(schema.Slice.sop_instance_uid, schema.Slice.reason).where(
-            schema.Slice.series_id == series_id, schema.Slice.reason.is_not(None)
-        )
-    )
-    return {uid: str(reason) for uid, reason in rows}
+def _claimed(session: Session, series_id: int) -> Claimed:
+    rows = session.scalars(select(schema.Slice).where(schema.Slice.series_id == series_id)).all()
+    models = [str(r.model) for r in rows if r.reason is None]
+    # A bundle was exchanged while the Series was open: scores of two bundles do not compare.
+    model = max(sorted(set(models)), key=models.count, default=None)
+    scored = [r for r in rows if r.reason is None and r.model == model]
+    aside = {r.sop_instance_uid: str(r.reason) for r in rows if r.reason is not None}
+    others = [r for r in rows if r.reason is None and r.model != model]
+    aside |= {r.sop_instance_uid: str(Reason.OTHER_MODEL) for r in others}
+    return Claimed(tuple(map(_scored_slice, scored)), aside, model)
+
+
+def heights_of(session: Session, model: str) -> HeightMap:
+    """Return the map of a bundle that scored something here."""
+    return HeightMap(**session.get_one(schema.Model, model).manifest["heights"])
 
 
 def finish_series(
     session: Session,
     series_id: int,
     outcome: ScoreCurve | Refusal,
-    slices: Sequence[ScoredSlice],
-    aside: dict[str, str],
+    claimed: Claimed,
     evidence: Evidence,
     now: datetime,
 ) -> int:
@@ -325,13 +324,14 @@ def finish_series(
     _drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
         series.state, series.reason = outcome.reason.state, outcome.reason
-        series.set_aside = {**{s.sop_instance_uid: str(outcome.reason) for s in slices}, **aside}
+        refused = {s.sop_instance_uid: str(outcome.reason) for s in claimed.slices}
+        series.set_aside = refused | claimed.set_aside
         return 0
-    by_uid = {(s.sop_instance_uid, s.frame): s for s in slices}
+    by_uid = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
     kept = list(zip(outcome.sop_instance_uids, outcome.frames, strict=True))
-    dropped = {uid for uid, frame in by_uid.keys() - set(kept)}
+    dropped = dict.fromkeys((uid for uid, _ in by_uid.keys() - set(kept)), "duplicate_position")
     series.state, series.reason = SeriesState.CURVE, None
-    series.set_aside = {**{uid: str(Flag.DUPLICATE_POSITION) for uid in dropped}, **aside}
+    series.set_aside = dropped | claimed.set_aside
     session.add(_curve_row(series, outcome, [by_uid[k] for k in kept], now))
     session.flush()
     return _ask_offsets(session, series, outcome.model)
@@ -451,20 +451,12 @@ def curves_of(session: Session, series_uids: Iterable[str]) -> dict[str, ScoreCu
     }
 
 
-def open_slices(session: Session, series_uid: str) -> list[ScoredSlice]:
-    """Return the slices scored so far of a Series that is still arriving."""
+def open_slices(session: Session, series_uid: str) -> Claimed | None:
+    """Return what was scored so far of a Series that is still arriving, None where it is not."""
     series_id = session.scalar(
         select(schema.Series.id).where(schema.Series.series_uid == series_uid)
     )
-    return [] if series_id is None else (claim_series(session, series_id) or [])
-
-
-def model_heights(session: Session) -> HeightMap | None:
-    """Return the map of the bundle that was put to use last."""
-    manifest = session.scalar(
-        select(schema.Model.manifest).order_by(schema.Model.first_used_at.desc()).limit(1)
-    )
-    return None if manifest is None else HeightMap(**manifest["heights"])
+    return None if series_id is None else _claimed(session, series_id)
 
 
 def offsets_of(
@@ -563,8 +555,8 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
         .values(
             series_uid=header.series_uid,
             study_uid=header.study_uid,
-            patient_id=header.patient.patient_id[:64],
-            issuer=header.patient.issuer[:64],
+            patient_id=header.patient.patient_id,
+            issuer=header.patient.issuer,
             study_datetime=header.study_datetime,
             modality=header.modality[:16],
             body_part_examined=header.body_part_examined[:16],
@@ -584,6 +576,18 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
         .with_for_update()
         .execution_options(populate_existing=True)
     ).one()
+
+
+def _scored_slice(row: schema.Slice) -> ScoredSlice:
+    assert row.score is not None and row.image_position and row.image_orientation
+    return ScoredSlice(
+        sop_instance_uid=row.sop_instance_uid,
+        frame=row.frame,
+        image_position=tuple(row.image_position),
+        image_orientation=tuple(row.image_orientation),
+        score=row.score,
+        frame_of_reference_uid=row.frame_of_reference_uid,
+    )
 
 
 def _known_slices(session: Session, series: schema.Series) -> dict[str, float | None]:

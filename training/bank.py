@@ -3,6 +3,7 @@
 Reads archived Series, writes `slices.npy` (N, 128, 128) uint8 and `bank.json`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -47,6 +48,13 @@ class Bank:
     def inputs(self, series: BankSeries) -> npt.NDArray[np.uint8]:
         """Return the inputs of one Series, (n, size, size)."""
         return self.slices[series.start : series.stop]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all inputs and of what they belong to."""
+        sha = hashlib.sha256(json.dumps([asdict(s) for s in self.series]).encode())
+        for s in self.series:
+            sha.update(self.inputs(s).tobytes())
+        return sha.hexdigest()
 
 
 def build(

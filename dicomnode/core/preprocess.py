@@ -137,5 +137,7 @@ def area_weights(
     source = (np.arange(count) - centre) * spacing_mm
     distance = np.abs(target[:, None] - source[None, :]).astype(np.float32)  # (size, count)
     overlap = (width + spacing_mm) / 2 - distance
-    weights: npt.NDArray[np.float32] = np.clip(overlap, 0, min(width, spacing_mm)) / np.float32(width)
+    weights: npt.NDArray[np.float32] = np.clip(overlap, 0, min(width, spacing_mm)) / np.float32(
+        width
+    )
     return weights

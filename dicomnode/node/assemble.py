@@ -7,11 +7,11 @@ import logging
 from datetime import datetime, timedelta
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core import curve
-from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, ScoredSlice
-from dicomnode.weights import Bundle
+from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +19,8 @@ logger = logging.getLogger(__name__)
 class AssembleStage:
     """Finishes what is complete, one transaction a Series."""
 
-    def __init__(
-        self, engine: Engine, bundle: Bundle, quiet_seconds: float, lost_seconds: float
-    ) -> None:
-        self.engine, self.bundle = engine, bundle
+    def __init__(self, engine: Engine, quiet_seconds: float, lost_seconds: float) -> None:
+        self.engine = engine
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
 
@@ -52,35 +50,33 @@ class AssembleStage:
 
     def _finish(self, series: store.OpenSeries, evidence: Evidence, now: datetime) -> bool:
         with store.writing(self.engine) as session:
-            slices = store.claim_series(session, series.id)
-            if slices is None:
+            claimed = store.claim_series(session, series.id)
+            if claimed is None:
                 return False
-            aside = store.set_aside(session, series.id)
-            outcome = self._outcome(series.series_uid, slices, aside)
-            pairs = store.finish_series(session, series.id, outcome, slices, aside, evidence, now)
+            outcome = _outcome(session, series.series_uid, claimed)
+            pairs = store.finish_series(session, series.id, outcome, claimed, evidence, now)
         logger.info(
             "series finished",
             extra={
                 "series_uid": series.series_uid,
                 "outcome": "curve" if isinstance(outcome, ScoreCurve) else str(outcome),
-                "slices": len(slices),
-                "set_aside": len(aside),
+                "slices": len(claimed.slices),
+                "set_aside": len(claimed.set_aside),
                 "evidence": str(evidence),
                 "pairs": pairs,
             },
         )
         return True
 
-    def _outcome(
-        self, series_uid: str, slices: list[ScoredSlice], aside: dict[str, str]
-    ) -> ScoreCurve | Refusal:
-        if not slices:
-            reasons = sorted(aside.values())
-            return Refusal(series_uid, Reason(max(reasons, key=reasons.count)))
-        return curve.assemble(
-            slices,
-            series_uid=series_uid,
-            model=self.bundle.digest,
-            heights=self.bundle.heights,
-            refused=len(aside),
-        )
+
+def _outcome(session: Session, series_uid: str, claimed: store.Claimed) -> ScoreCurve | Refusal:
+    if claimed.model is None:
+        reasons = sorted(claimed.set_aside.values())
+        return Refusal(series_uid, Reason(max(reasons, key=reasons.count)))
+    return curve.assemble(
+        claimed.slices,
+        series_uid=series_uid,
+        model=claimed.model,
+        heights=store.heights_of(session, claimed.model),
+        refused=len(claimed.set_aside),
+    )

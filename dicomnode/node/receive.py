@@ -92,6 +92,7 @@ NETWORK_TIMEOUT_S = 120.0
 # How long running associations may go on when the receiver stops, and an abort may take.
 STOP_GRACE_S = 5.0
 ABORT_GRACE_S = 2.0
+TAKEOVER_S = 15.0
 
 _STORAGE = {context.abstract_syntax for context in AllStoragePresentationContexts}
 _STORAGE_ARC = "1.2.840.10008.5.1.4.1.1."  # PS3.6 Table A-1
@@ -213,9 +214,20 @@ class Receiver:
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
-    """Receive until `stop` is set."""
+    """Receive until `stop` is set.
+
+    The receiver of a node that was killed needs a moment to notice and let go of the port.
+    """
     receiver = Receiver(settings)
-    receiver.start()
+    deadline = time.monotonic() + TAKEOVER_S
+    while not stop.is_set():
+        try:
+            receiver.start()
+            break
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+            stop.wait(0.2)
     try:
         stop.wait()
     finally:

@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
 from dicomnode.core.preprocess import Input
-from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError
+from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
 from dicomnode.spool import Spool
 from dicomnode.weights import Bundle
@@ -119,9 +119,16 @@ class ScoreStage:
         attempts = self._suspects.get(batch[0].path.name, 0) + 1 if len(batch) == 1 else 1
         self._write_in_flight(batch, attempts)
         if attempts > POISON_ATTEMPTS:
-            self._put_aside(batch[0], Reason.CORRUPT, "decoding it stopped the worker")
+            self._put_aside(batch[0], Reason.CORRUPT, "it stopped the worker")
         else:
-            self._take(batch)
+            try:
+                self._take(batch)
+            except TransientError:
+                raise
+            except Exception:
+                # One of these did it: next time each goes alone, and is counted.
+                self._suspects |= {entry.path.name: attempts for entry in batch}
+                raise
         self._suspects.pop(batch[0].path.name, None)
         self._in_flight.unlink(missing_ok=True)
         return Taken(len(batch), batch[-1].arrived_at)

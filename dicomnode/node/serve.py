@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("receive", "work")
 IDLE_S = 0.2  # between looks at an empty spool
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
+TAKEOVER_S = 15.0  # for the worker of a killed node to let go of the spool
 STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 
 
@@ -48,7 +49,7 @@ class Worker:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
         self._score = ScoreStage(spool, engine, scorer, issuers)
         self._assemble = AssembleStage(
-            engine, bundle, settings.series.quiet_seconds, settings.series.lost_seconds
+            engine, settings.series.quiet_seconds, settings.series.lost_seconds
         )
         self._align = AlignStage(engine)
         self._assembled_at = 0.0
@@ -79,7 +80,9 @@ class Worker:
 def work(settings: Settings, stop: threading.Event) -> None:
     """Work until `stop` is set; errors of the database or device are waited out."""
     spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
-    with spool.lease(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        # After a kill, what an earlier node left running needs a moment to notice and end.
+        _take_over(lambda: stack.enter_context(spool.lease()), stop)
         # The database may come up after the node: its absence is waited out as well.
         engine = _persist(
             lambda: stack.enter_context(store.opened(settings.database.url, create=True)), stop
@@ -111,6 +114,19 @@ def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
             yield worker, spool, engine
         finally:
             worker.close()
+
+
+def _take_over(lease: Callable[[], object], stop: threading.Event) -> None:
+    """Take the lease as soon as it is free, TAKEOVER_S at most."""
+    deadline = time.monotonic() + TAKEOVER_S
+    while not stop.is_set():
+        try:
+            lease()
+            return
+        except ConfigError:
+            if time.monotonic() > deadline:
+                raise
+        stop.wait(0.2)
 
 
 def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:

@@ -1,0 +1,170 @@
+"""Answers as people and programs read them: JSON of one shape everywhere, tables, CSV, lines."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dicomnode.files import ScoredSeries
+from dicomnode.model import Quality, ScoreCurve, SeriesState
+from dicomnode.store import SeriesRow, StoredOffset
+
+JSON = dict[str, Any]
+
+
+def scored_json(scored: ScoredSeries) -> JSON:
+    """Return a Series scored from files."""
+    header, outcome = scored.header, scored.outcome
+    values: JSON = {
+        "patient_id": header.patient.patient_id,
+        "study_uid": header.study_uid,
+        "series_uid": header.series_uid,
+    }
+    if isinstance(outcome, ScoreCurve):
+        values |= {"state": SeriesState.CURVE, "reason": None, "model": outcome.model}
+        values |= {"slices": slices_json(outcome), "quality": quality_json(outcome.quality)}
+    else:
+        values |= {"state": outcome.reason.state, "reason": outcome.reason, "model": None}
+        values |= {"slices": [], "quality": None}
+    # Regions need a bundle whose table was calibrated; without one nothing is claimed.
+    return values | {"coverage": [], "set_aside": scored.set_aside}
+
+
+def curve_json(curve: ScoreCurve) -> JSON:
+    """Return a stored curve."""
+    return {
+        "series_uid": curve.series_uid,
+        "model": curve.model,
+        "slices": slices_json(curve),
+        "quality": quality_json(curve.quality),
+    }
+
+
+def slices_json(curve: ScoreCurve) -> list[JSON]:
+    """Return the slices of a curve, feet to head."""
+    columns = zip(
+        curve.sop_instance_uids, curve.frames, curve.z_mm, curve.score, curve.height_mm, strict=True
+    )
+    return [
+        {
+            "sop_instance_uid": uid,
+            "frame": frame,
+            "z_mm": round(float(z), 4),
+            "score": round(float(score), 5),
+            "height_mm": round(float(height), 2),
+        }
+        for uid, frame, z, score, height in columns
+    ]
+
+
+def quality_json(quality: Quality) -> JSON:
+    """Return a curve's quality; its flags go by the name of reasons."""
+    return {
+        "pearson_r": quality.pearson_r,
+        "slope": quality.slope,
+        "reasons": list(quality.flags),
+    }
+
+
+def series_json(row: SeriesRow) -> JSON:
+    """Return where a Series stands."""
+    return {
+        "patient_id": row.patient.patient_id,
+        "issuer": row.patient.issuer,
+        "study_uid": row.study_uid,
+        "series_uid": row.series_uid,
+        "study_datetime": row.study_datetime.isoformat() if row.study_datetime else None,
+        "modality": row.modality,
+        "body_part_examined": row.body_part_examined,
+        "state": row.state,
+        "reason": row.reason,
+        "evidence": row.evidence,
+        "revision": row.revision,
+        "received": row.received,
+        "scored": row.scored,
+        "expected": row.expected,
+        "set_aside": row.set_aside,
+        "last_arrival_at": row.last_arrival_at.isoformat(),
+        "model": row.model,
+        "height_mm": row.height_mm,
+        "quality": quality_json(row.quality) if row.quality else None,
+    }
+
+
+def offset_json(stored: StoredOffset) -> JSON:
+    """Return the offset of a pair; what was not estimated is null, never 0."""
+    offset = stored.offset
+    return {
+        "fixed": {"study_uid": stored.fixed_study, "series_uid": stored.fixed_series},
+        "moving": {"study_uid": stored.moving_study, "series_uid": stored.moving_series},
+        "method": offset.method,
+        "offset_mm": offset.offset_mm,
+        "sigma_mm": offset.sigma_mm,
+        "overlap_mm": offset.overlap_mm,
+        "status": offset.status,
+        "reason": offset.reason,
+        "dx_mm": offset.dx_mm,
+        "dy_mm": offset.dy_mm,
+        "model": stored.model,
+        "computed_at": stored.computed_at.isoformat(),
+        "seconds": stored.seconds,
+    }
+
+
+def series_table(rows: Sequence[SeriesRow]) -> Table:
+    """Return Series as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("series", "study", "patient", "state"):
+        table.add_column(title, overflow="fold")
+    for title in ("slices", "r", "slope", "body height, mm"):
+        table.add_column(title, justify="right")
+    table.add_column("set aside, flags", overflow="fold")
+    for row in rows:
+        quality = row.quality
+        aside = [f"{reason} {count}" for reason, count in sorted(row.set_aside.items())]
+        table.add_row(
+            row.series_uid,
+            row.study_uid,
+            row.patient.patient_id or "-",
+            row.state if row.reason is None else f"{row.state}:{row.reason}",
+            f"{row.scored}/{row.received}",
+            f"{quality.pearson_r:.4f}" if quality else "",
+            f"{quality.slope:.2f}" if quality else "",
+            f"{row.height_mm[0]:.0f}..{row.height_mm[1]:.0f}" if row.height_mm else "",
+            ", ".join([*aside, *(quality.flags if quality else ())]),
+        )
+    return table
+
+
+def quality_line(curve: ScoreCurve) -> str:
+    """Return what to know of a curve, in one line."""
+    low, high, quality = curve.height_mm.min(), curve.height_mm.max(), curve.quality
+    parts = [
+        f"{len(curve.z_mm)} positions",
+        f"body height {low:.0f} to {high:.0f} mm",
+        f"r {quality.pearson_r:.4f}",
+        f"slope {quality.slope:.2f}",
+        *quality.flags,
+    ]
+    return ", ".join(parts)
+
+
+def offset_lines(stored: StoredOffset) -> str:
+    """Return an offset that was not refused, for people."""
+    offset = stored.offset
+    return (
+        f"{offset.method}: z_fixed = z_moving {offset.offset_mm:+.1f} mm, "
+        f"overlap {offset.overlap_mm:.0f} mm, {offset.status}\n"
+        f"fixed  {stored.fixed_series}\nmoving {stored.moving_series}"
+    )
+
+
+def write_csv(path: Path, curves: Sequence[ScoreCurve]) -> None:
+    """Write the slices of curves, a line each."""
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["series_uid", "sop_instance_uid", "frame", "z_mm", "score", "height_mm"])
+        for curve in curves:
+            writer.writerows([curve.series_uid, *s.values()] for s in slices_json(curve))
