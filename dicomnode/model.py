@@ -38,7 +38,6 @@ class Reason(StrEnum):
     TILT = "tilt"
     TOO_FEW_POSITIONS = "too_few_positions"
     TOO_SHORT = "too_short"
-    OTHER_MODEL = "other_model"  # scored by another bundle than the rest of its Series
     # quarantined: the object is unsound, a person should look
     NOT_DICOM = "not_dicom"
     BAD_UID = "bad_uid"
@@ -64,7 +63,6 @@ _IGNORED = frozenset(
         Reason.TILT,
         Reason.TOO_FEW_POSITIONS,
         Reason.TOO_SHORT,
-        Reason.OTHER_MODEL,
     }
 )
 
@@ -80,6 +78,7 @@ class Flag(StrEnum):
     REVERSED = "reversed"
     SLOPE = "slope"
     SLICES_REFUSED = "slices_refused"
+    OTHER_MODEL = "other_model"
 
 
 class Evidence(StrEnum):

@@ -44,6 +44,7 @@ def assemble(
     model: str,
     heights: HeightMap,
     refused: int = 0,
+    other_model: int = 0,
 ) -> ScoreCurve | Refusal:
     """Return the curve of a Series, or the reason why it has none.
 
@@ -59,6 +60,8 @@ def assemble(
         The bundle's map.
     refused : int
         Slices of the Series that could not be scored; flagged, not hidden.
+    other_model : int
+        Slices that another bundle scored, before the node was given this one; likewise.
     """
     slices = sorted(slices, key=lambda s: (s.sop_instance_uid, s.frame))
     try:
@@ -78,6 +81,8 @@ def assemble(
         flags.append(Flag.FRAME_OF_REFERENCE_VARIES)
     if refused:
         flags.append(Flag.SLICES_REFUSED)
+    if other_model:
+        flags.append(Flag.OTHER_MODEL)
     return ScoreCurve(
         series_uid=series_uid,
         model=model,

@@ -79,4 +79,5 @@ def _outcome(session: Session, series_uid: str, claimed: store.Claimed) -> Score
         model=claimed.model,
         heights=store.heights_of(session, claimed.model),
         refused=len(claimed.set_aside),
+        other_model=claimed.other_model,
     )

@@ -1,0 +1,71 @@
+"""Every SQL query of the node: functions named for what it needs, a Session first.
+
+Other modules see frozen values, never ORM rows. All writes of one call belong to the
+caller's transaction.
+"""
+
+from dicomnode.store.answers import (
+    count_offsets,
+    count_quarantined,
+    count_series,
+    curve_of,
+    curves_of,
+    heights_of,
+    list_series,
+    open_slices,
+)
+from dicomnode.store.intake import (
+    claim_series,
+    end_association,
+    end_lost_associations,
+    finish_series,
+    next_completion,
+    open_series,
+    record_model,
+    record_quarantined,
+    record_slices,
+)
+from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
+from dicomnode.store.session import available, opened, reading, writing
+from dicomnode.store.values import (
+    Claimed,
+    OpenSeries,
+    PendingOffset,
+    SeriesRow,
+    SliceResult,
+    StoredOffset,
+)
+
+__all__ = [
+    "Claimed",
+    "OpenSeries",
+    "PendingOffset",
+    "SeriesRow",
+    "SliceResult",
+    "StoredOffset",
+    "available",
+    "claim_series",
+    "count_offsets",
+    "count_quarantined",
+    "count_series",
+    "curve_of",
+    "curves_of",
+    "end_association",
+    "end_lost_associations",
+    "finish_series",
+    "heights_of",
+    "list_series",
+    "next_completion",
+    "offsets_of",
+    "open_series",
+    "open_slices",
+    "opened",
+    "pending_offsets",
+    "reading",
+    "record_model",
+    "record_quarantined",
+    "record_slices",
+    "store_offset",
+    "trust",
+    "writing",
+]

@@ -1,0 +1,101 @@
+"""What is asked of the store: Series, curves, counts."""
+
+from collections.abc import Iterable
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from db import schema
+from dicomnode.core.curve import HeightMap
+from dicomnode.model import ScoreCurve, SeriesState
+from dicomnode.store.intake import claimed_slices
+from dicomnode.store.rows import series_row, to_curve
+from dicomnode.store.values import Claimed, SeriesRow
+
+
+def list_series(
+    session: Session,
+    *,
+    patient_id: str | None = None,
+    study_uid: str | None = None,
+    series_uid: str | None = None,
+    state: SeriesState | None = None,
+    limit: int = 1000,
+) -> list[SeriesRow]:
+    """Return Series, newest arrival first."""
+    query = select(schema.Series, schema.Curve).outerjoin(schema.Curve)
+    for column, value in (
+        (schema.Series.patient_id, patient_id),
+        (schema.Series.study_uid, study_uid),
+        (schema.Series.series_uid, series_uid),
+        (schema.Series.state, state),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    rows = session.execute(
+        query.order_by(schema.Series.last_arrival_at.desc(), schema.Series.id).limit(limit)
+    ).all()
+    without = [s.id for s, c in rows if c is None or s.state == SeriesState.OPEN]
+    live: dict[int, dict[str | None, int]] = {}
+    for series_id, reason, count in session.execute(
+        select(schema.Slice.series_id, schema.Slice.reason, func.count())
+        .where(schema.Slice.series_id.in_(without))
+        .group_by(schema.Slice.series_id, schema.Slice.reason)
+    ):
+        live.setdefault(series_id, {})[reason] = count
+    return [series_row(s, c, live.get(s.id, {})) for s, c in rows]
+
+
+def count_quarantined(session: Session) -> dict[str, int]:
+    """Return reason -> files in quarantine."""
+    rows = session.execute(
+        select(schema.Quarantined.reason, func.count()).group_by(schema.Quarantined.reason)
+    )
+    return {reason: count for reason, count in rows}
+
+
+def count_series(session: Session) -> dict[SeriesState, int]:
+    """Return state -> Series."""
+    rows = session.execute(select(schema.Series.state, func.count()).group_by(schema.Series.state))
+    return {SeriesState(state): count for state, count in rows}
+
+
+def count_offsets(session: Session) -> int:
+    """Return how many offsets are stored, refused ones included."""
+    return (
+        session.scalar(
+            select(func.count()).select_from(schema.Offset).where(schema.Offset.status.is_not(None))
+        )
+        or 0
+    )
+
+
+def curve_of(session: Session, series_uid: str) -> ScoreCurve | None:
+    """Return the finished curve of a Series."""
+    return next(iter(curves_of(session, [series_uid]).values()), None)
+
+
+def curves_of(session: Session, series_uids: Iterable[str]) -> dict[str, ScoreCurve]:
+    """Return Series Instance UID -> finished curve, those without one left out."""
+    rows = session.execute(
+        select(schema.Series.series_uid, schema.Curve, schema.Model.manifest)
+        .join(schema.Curve, schema.Curve.series_id == schema.Series.id)
+        .join(schema.Model, schema.Model.digest == schema.Curve.model)
+        .where(schema.Series.series_uid.in_(list(series_uids)))
+    )
+    return {
+        uid: to_curve(uid, curve, HeightMap(**manifest["heights"])) for uid, curve, manifest in rows
+    }
+
+
+def open_slices(session: Session, series_uid: str) -> Claimed | None:
+    """Return what was scored so far of a Series that is still arriving, None where it is not."""
+    series_id = session.scalar(
+        select(schema.Series.id).where(schema.Series.series_uid == series_uid)
+    )
+    return None if series_id is None else claimed_slices(session, series_id)
+
+
+def heights_of(session: Session, model: str) -> HeightMap:
+    """Return the map of a bundle that scored something here."""
+    return HeightMap(**session.get_one(schema.Model, model).manifest["heights"])

@@ -1,0 +1,334 @@
+"""From what arrives to a finished Series: slices, ends of associations, completion."""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from db import schema
+from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
+from dicomnode.store.pairs import ask_offsets
+from dicomnode.store.rows import array, curve_row, instances, scored_slice
+from dicomnode.store.session import insert, upsert
+from dicomnode.store.values import Claimed, OpenSeries, SliceResult
+
+# A slice sent again is the same slice when its score agrees this well: batches of another
+# size differ in the last bits, another image by far more.
+SAME_SCORE = 0.02
+
+
+def record_model(session: Session, digest: str, manifest: dict[str, Any], now: datetime) -> None:
+    """Remember the bundle that scores from now on."""
+    values = {"digest": digest, "manifest": manifest, "first_used_at": now}
+    session.execute(insert(session, schema.Model).values(values).on_conflict_do_nothing())
+
+
+def record_slices(session: Session, model: str, results: Sequence[SliceResult]) -> None:
+    """Store a batch of slices of any Series; a repeat stores the same rows again.
+
+    A slice that its finished Series does not know yet reopens it.
+    """
+    by_series: dict[str, list[SliceResult]] = {}
+    for result in results:
+        by_series.setdefault(result.header.series_uid, []).append(result)
+    for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
+        _record_series(session, model, by_series[series_uid])
+
+
+def end_association(session: Session, association_id: str, kind: str) -> None:
+    """Note how an association ended, with every open Series that it carried."""
+    session.execute(
+        update(schema.Arrival)
+        .where(schema.Arrival.association_id == association_id)
+        .values(ended=kind)
+    )
+
+
+def end_lost_associations(session: Session, before: datetime) -> None:
+    """Note as lost every association without an end that brought nothing since `before`."""
+    session.execute(
+        update(schema.Arrival)
+        .where(schema.Arrival.ended.is_(None), schema.Arrival.last_at < before)
+        .values(ended="lost")
+    )
+
+
+def record_quarantined(
+    session: Session, name: str, reason: Reason, detail: str, arrived_at: datetime
+) -> None:
+    """Note a spooled file that was put aside for a person to look at."""
+    values = {"name": name, "reason": reason, "detail": detail, "arrived_at": arrived_at}
+    session.execute(insert(session, schema.Quarantined).values(values).on_conflict_do_nothing())
+
+
+def open_series(session: Session) -> list[OpenSeries]:
+    """Return every Series that is not finished, longest quiet first."""
+    rows = session.scalars(
+        select(schema.Series)
+        .where(schema.Series.state == SeriesState.OPEN)
+        .order_by(schema.Series.last_arrival_at)
+    ).all()
+    ends: dict[int, list[str | None]] = {}
+    for series_id, ended in session.execute(
+        select(schema.Arrival.series_id, schema.Arrival.ended).where(
+            schema.Arrival.series_id.in_([r.id for r in rows])
+        )
+    ):
+        ends.setdefault(series_id, []).append(ended)
+    return [
+        OpenSeries(
+            r.id, r.series_uid, r.received, r.expected, r.last_arrival_at, tuple(ends.get(r.id, ()))
+        )
+        for r in rows
+    ]
+
+
+def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evidence | None:
+    """Return the evidence that a Series is complete by `now`, or None where it is not."""
+    # Beyond the count, the count was wrong: a Series must not be finished at each further slice.
+    if series.received == series.expected:
+        return Evidence.EXPECTED_COUNT
+    if None in series.ends or now - series.last_arrival_at < quiet:
+        return None
+    lost = any(end != "released" for end in series.ends)
+    return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
+
+
+def claim_series(session: Session, series_id: int) -> Claimed | None:
+    """Lock an open Series and return its slices; None where another worker has it."""
+    query = select(schema.Series.id).where(
+        schema.Series.id == series_id, schema.Series.state == SeriesState.OPEN
+    )
+    # SQLite has one writer at a time, which is lock enough; Postgres skips what is claimed.
+    if session.get_bind().dialect.name == "postgresql":
+        query = query.with_for_update(skip_locked=True)
+    return None if session.scalar(query) is None else claimed_slices(session, series_id)
+
+
+def claimed_slices(session: Session, series_id: int) -> Claimed:
+    """Return the slices of an open Series, those of one bundle apart from the rest."""
+    rows = session.scalars(select(schema.Slice).where(schema.Slice.series_id == series_id)).all()
+    models = [str(r.model) for r in rows if r.reason is None]
+    # A bundle was exchanged while the Series was open: scores of two bundles do not compare.
+    model = max(sorted(set(models)), key=models.count, default=None)
+    scored = [r for r in rows if r.reason is None and r.model == model]
+    aside = {r.sop_instance_uid: str(r.reason) for r in rows if r.reason is not None}
+    return Claimed(tuple(map(scored_slice, scored)), aside, model, len(models) - len(scored))
+
+
+def finish_series(
+    session: Session,
+    series_id: int,
+    outcome: ScoreCurve | Refusal,
+    claimed: Claimed,
+    evidence: Evidence,
+    now: datetime,
+) -> int:
+    """Store how a Series ended and, with a curve, the pairs that follow from it.
+
+    What is in the curve needs no row of its own any more. Scored slices that are in no curve
+    keep theirs: a late slice may make a curve of them.
+
+    Returns
+    -------
+    int
+        Pairs of curves that now wait for their offsets.
+    """
+    series = session.get_one(schema.Series, series_id)
+    series.revision += 1
+    series.evidence = evidence
+    series.finished_at = now
+    series.set_aside = claimed.set_aside
+    session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
+    _delete_slices(session, series_id, claimed.set_aside)
+    _drop_curve(session, series_id)
+    if isinstance(outcome, Refusal):
+        series.state, series.reason = outcome.reason.state, outcome.reason
+        return 0
+    series.state, series.reason = SeriesState.CURVE, None
+    _delete_slices(session, series_id, outcome.sop_instance_uids)
+    placed = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
+    kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
+    session.add(curve_row(series, outcome, kept, now))
+    session.flush()
+    return ask_offsets(session, series, outcome.model)
+
+
+def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
+    newest = results[-1]
+    header = newest.header
+    series = _series_for_update(session, header, newest.arrived_at)
+    patient = header.patient
+    moved = (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid) or (
+        # A sender that does not name the issuer does not take it away.
+        patient.issuer not in ("", series.issuer)
+    )
+    if series.state != SeriesState.OPEN:
+        known = _known_slices(session, series)
+        results = [r for r in results if not _is_known(r, known)]
+        if not results and not moved:
+            return
+        _reopen(session, series)
+    if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
+        series.patient_id, series.issuer = patient.patient_id, patient.issuer
+        series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
+    series.last_arrival_at = max(
+        series.last_arrival_at, *(r.arrived_at for r in results or [newest])
+    )
+    series.expected = header.expected_instances or series.expected
+    if series.modality != "CT" and any(r.header.modality == "CT" for r in results):
+        series.modality = "CT"  # something else shares the Series: the CT names it
+    scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
+    refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
+    if scored:
+        upsert(session, schema.Slice, scored)
+    if refused:  # a damaged copy does not take the place of a sound one
+        session.execute(insert(session, schema.Slice).values(refused).on_conflict_do_nothing())
+    arrivals = [
+        {
+            "series_id": series.id,
+            "association_id": r.association_id,
+            "last_at": r.arrived_at,
+            "ended": None,
+        }
+        for r in results or [newest]
+    ]
+    upsert(session, schema.Arrival, arrivals)
+    session.flush()
+    series.received = (
+        session.scalar(
+            select(func.count())
+            .select_from(schema.Slice)
+            .where(schema.Slice.series_id == series.id)
+        )
+        or 0
+    )
+
+
+def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:
+    session.execute(
+        insert(session, schema.Series)
+        .values(
+            series_uid=header.series_uid,
+            study_uid=header.study_uid,
+            patient_id=header.patient.patient_id,
+            issuer=header.patient.issuer,
+            study_datetime=header.study_datetime,
+            modality=header.modality[:16],
+            body_part_examined=header.body_part_examined[:16],
+            manufacturer=header.manufacturer[:64],
+            state=SeriesState.OPEN,
+            revision=0,
+            received=0,
+            set_aside={},
+            first_arrival_at=now,
+            last_arrival_at=now,
+        )
+        .on_conflict_do_nothing()
+    )
+    return session.scalars(
+        select(schema.Series)
+        .where(schema.Series.series_uid == header.series_uid)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one()
+
+
+def _known_slices(session: Session, series: schema.Series) -> dict[str, float | None]:
+    """SOP Instance UID -> score (None where set aside) of a finished Series."""
+    known: dict[str, float | None] = dict.fromkeys(series.set_aside)
+    for uid, score in session.execute(
+        select(schema.Slice.sop_instance_uid, schema.Slice.score).where(
+            schema.Slice.series_id == series.id
+        )
+    ):
+        known[uid] = score
+    row = session.get(schema.Curve, series.id)
+    if row is not None:
+        for (uid, _, _), score in zip(instances(row), array(row.score, "<f4"), strict=True):
+            known[uid] = float(score)
+    return known
+
+
+def _is_known(result: SliceResult, known: dict[str, float | None]) -> bool:
+    """Whether a slice of a finished Series tells nothing new."""
+    uid = result.header.sop_instance_uid
+    if uid not in known:
+        return False
+    stored = known[uid]
+    if result.score is None:  # a reason adds nothing to a score, nor to another reason
+        return True
+    return stored is not None and abs(result.score - stored) <= SAME_SCORE
+
+
+def _reopen(session: Session, series: schema.Series) -> None:
+    """Turn a finished Series back into slice rows; its curve stays for readers meanwhile."""
+    row = session.get(schema.Curve, series.id)
+    if row is not None:
+        positions = array(row.image_position, "<f8").reshape(-1, 3)
+        scores = array(row.score, "<f4")
+        for (uid, frame, f), position, score in zip(instances(row), positions, scores, strict=True):
+            session.add(
+                schema.Slice(
+                    series_id=series.id,
+                    sop_instance_uid=uid,
+                    frame=frame,
+                    model=row.model,
+                    score=float(score),
+                    image_position=position.tolist(),
+                    image_orientation=row.image_orientation,
+                    frame_of_reference_uid=row.frames_of_reference[f],
+                )
+            )
+    for uid, reason in series.set_aside.items():
+        session.add(
+            schema.Slice(
+                series_id=series.id,
+                sop_instance_uid=uid,
+                frame=1,
+                reason=reason,
+                frame_of_reference_uid="",
+            )
+        )
+    series.state, series.reason, series.evidence = SeriesState.OPEN, None, None
+    session.flush()
+
+
+def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
+    h = r.header
+    return {
+        "series_id": series_id,
+        "sop_instance_uid": h.sop_instance_uid,
+        "frame": 1,
+        "model": model if r.score is not None else None,
+        "score": r.score,
+        "reason": r.reason,
+        "image_position": list(h.image_position) if h.image_position else None,
+        "image_orientation": list(h.image_orientation) if h.image_orientation else None,
+        "frame_of_reference_uid": h.frame_of_reference_uid[:64],
+    }
+
+
+def _delete_slices(session: Session, series_id: int, uids: Iterable[str]) -> None:
+    rows = delete(schema.Slice).where(schema.Slice.series_id == series_id)
+    # In parts: SQLite takes 32,766 parameters in a statement.
+    for part in _parts(sorted(uids), 10_000):
+        session.execute(rows.where(schema.Slice.sop_instance_uid.in_(part)))
+
+
+def _parts(items: list[str], size: int) -> list[list[str]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _drop_curve(session: Session, series_id: int) -> None:
+    session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
+    session.execute(
+        delete(schema.Offset).where(
+            or_(
+                schema.Offset.fixed_series_id == series_id,
+                schema.Offset.moving_series_id == series_id,
+            )
+        )
+    )

@@ -1,0 +1,124 @@
+"""Offsets: which pairs wait for one, and what was found."""
+
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session, aliased
+
+from db import schema
+from dicomnode.model import Method, Offset, OffsetStatus, PatientKey, SeriesState
+from dicomnode.store.rows import stored_offset
+from dicomnode.store.values import PendingOffset, StoredOffset
+
+
+def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
+    """Write the work that a new curve brings: every curve of the patient's other studies."""
+    if not PatientKey(series.patient_id, series.issuer).known:
+        return 0
+    others = session.scalars(
+        select(schema.Series)
+        .join(schema.Curve)
+        .where(
+            schema.Series.patient_id == series.patient_id,
+            schema.Series.issuer == series.issuer,
+            schema.Series.study_uid != series.study_uid,
+            schema.Series.state == SeriesState.CURVE,
+            schema.Curve.model == model,
+        )
+    ).all()
+    for other in others:
+        # Both time directions: whichever study is newer is fixed, however late the prior came.
+        fixed, moving = sorted((series, other), key=_age, reverse=True)
+        for method in Method:
+            session.add(
+                schema.Offset(
+                    fixed_series_id=fixed.id,
+                    moving_series_id=moving.id,
+                    method=method,
+                    model=model,
+                )
+            )
+    return len(others)
+
+
+def _age(series: schema.Series) -> tuple[datetime, str]:
+    return series.study_datetime or datetime.min, series.study_uid
+
+
+def pending_offsets(session: Session, limit: int) -> list[PendingOffset]:
+    """Return pairs that wait for an offset, oldest first."""
+    fixed, moving = aliased(schema.Series), aliased(schema.Series)
+    rows = session.execute(
+        select(
+            schema.Offset.id,
+            schema.Offset.method,
+            fixed.series_uid,
+            moving.series_uid,
+            fixed.revision,
+            moving.revision,
+        )
+        .join(fixed, fixed.id == schema.Offset.fixed_series_id)
+        .join(moving, moving.id == schema.Offset.moving_series_id)
+        .where(schema.Offset.status.is_(None))
+        .order_by(schema.Offset.id)
+        .limit(limit)
+    )
+    return [PendingOffset(i, Method(m), f, v, fr, vr) for i, m, f, v, fr, vr in rows]
+
+
+def store_offset(
+    session: Session, pending: PendingOffset, offset: Offset, now: datetime, seconds: float
+) -> None:
+    """Store the offset of a pair, unless one of its curves was revised meanwhile."""
+    row = session.get(schema.Offset, pending.id)
+    if row is None:  # the pair went with a curve that was reopened: it will be asked for anew
+        return
+    row.status = offset.status
+    row.offset_mm, row.overlap_mm, row.sigma_mm = (
+        offset.offset_mm,
+        offset.overlap_mm,
+        offset.sigma_mm,
+    )
+    row.dx_mm, row.dy_mm, row.reason = offset.dx_mm, offset.dy_mm, offset.reason
+    row.computed_at, row.seconds = now, seconds
+
+
+def offsets_of(
+    session: Session,
+    *,
+    fixed_study: str | None = None,
+    moving_study: str | None = None,
+    method: Method | None = None,
+) -> list[StoredOffset]:
+    """Return stored offsets of a study pair, most trustworthy first.
+
+    `ok` before `extrapolated` before `refused`, then l1 before fast, then the longer overlap.
+    """
+    fixed, moving = aliased(schema.Series), aliased(schema.Series)
+    query = (
+        select(
+            schema.Offset, fixed.study_uid, fixed.series_uid, moving.study_uid, moving.series_uid
+        )
+        .join(fixed, fixed.id == schema.Offset.fixed_series_id)
+        .join(moving, moving.id == schema.Offset.moving_series_id)
+        .where(schema.Offset.status.is_not(None))
+    )
+    for column, value in (
+        (fixed.study_uid, fixed_study),
+        (moving.study_uid, moving_study),
+        (schema.Offset.method, method),
+    ):
+        if value is not None:
+            query = query.where(column == value)
+    found = [stored_offset(*row) for row in session.execute(query)]
+    return sorted(found, key=trust)
+
+
+def trust(stored: StoredOffset) -> tuple[int, int, float]:
+    """Sort key of offsets: `ok` before `extrapolated` before `refused`, then l1, then overlap."""
+    o = stored.offset
+    return (
+        list(OffsetStatus).index(o.status),
+        [Method.L1, Method.FAST].index(o.method),
+        -(o.overlap_mm or 0.0),
+    )
