@@ -22,13 +22,17 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE
 from pynetdicom.sop_class import CTImageStorage
+from sqlalchemy import Engine
 
 from dicomnode import dicomio, plot, query, store
 from dicomnode.core import phantom
+from dicomnode.errors import NodeError
 from dicomnode.model import Method, PatientKey, SeriesState
 
 SEEDS = (9001, 9002, 9003)  # of the patients; training draws its phantoms from 0 up
+MATRIX = 256
 TOLERANCE_MM = 10.0
+START_S = 60.0
 DEADLINE_S = 300.0
 
 
@@ -63,7 +67,7 @@ def run(*, keep: bool) -> int:
         port = _free_port()
         config = _write_config(Path(folder), port)
         click.echo(f"starting a node on 127.0.0.1:{port}, SQLite in {folder}", err=True)
-        with _node(config) as process, store_when_ready(Path(folder), process) as engine:
+        with _node(config) as process, _database(Path(folder), port, process) as engine:
             status = _show(engine, port, process)
             if keep:
                 click.echo(f"\nThe node stays up. Ask it:  dicomnode series --config {config}")
@@ -83,7 +87,7 @@ def studies(seed: int) -> tuple[Study, Study]:
         lowest_mm=marks["iliac_crest"] - 20 * rng.random(),
         highest_mm=marks["lung_apex"] + 40 * rng.random(),
         spacing_mm=5.0,
-        pixel_mm=0.78,
+        pixel_mm=1.56,
         centre_mm=(0.0, 0.0),
         table_mm=float(rng.uniform(-300, 300)),
         breath_mm=0.0,
@@ -93,7 +97,7 @@ def studies(seed: int) -> tuple[Study, Study]:
         lowest_mm=marks["lung_base"] - 60 - 60 * rng.random(),
         highest_mm=marks["chin"] + 20 * rng.random(),
         spacing_mm=3.0,
-        pixel_mm=0.92,
+        pixel_mm=1.84,
         centre_mm=(18.0, -12.0),
         table_mm=float(rng.uniform(-300, 300)),
         breath_mm=8.0,
@@ -106,15 +110,15 @@ def _scan(seed: int, body: phantom.PhantomPatient, at: Timepoint) -> Study:
     volume = phantom.volume(
         body,
         z_mm,
-        pixel_mm=at.pixel_mm * 2,  # 256 x 256 shows the same and is drawn in a quarter of the time
-        matrix=256,
+        pixel_mm=at.pixel_mm,
+        matrix=MATRIX,
         center_mm=at.centre_mm,
         noise_hu=20,
         seed=at.when.year + seed,
         breath_mm=at.breath_mm,
     )
     study_uid, series_uid, frame = generate_uid(), generate_uid(), generate_uid()
-    half = at.pixel_mm * 2 * 255 / 2
+    half = at.pixel_mm * (MATRIX - 1) / 2
     slices = tuple(
         dicomio.ct_dataset(
             image,
@@ -124,7 +128,7 @@ def _scan(seed: int, body: phantom.PhantomPatient, at: Timepoint) -> Study:
             sop_instance_uid=generate_uid(),
             instance_number=i + 1,
             image_position=(at.centre_mm[0] - half, at.centre_mm[1] - half, z + at.table_mm),
-            pixel_mm=at.pixel_mm * 2,
+            pixel_mm=at.pixel_mm,
             spacing_mm=at.spacing_mm,
             study_datetime=at.when,
             frame_of_reference_uid=frame,
@@ -139,24 +143,24 @@ def send(slices: tuple[Dataset, ...], port: int) -> None:
 
     Raises
     ------
-    RuntimeError
+    NodeError
         If the node does not accept the association, or an Instance.
     """
     ae = AE("DEMO")
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     assoc = ae.associate("127.0.0.1", port, ae_title="DICOMNODE")
     if not assoc.is_established:
-        raise RuntimeError("the node did not accept an association")
+        raise NodeError("the node did not accept an association")
     try:
         for ds in slices:
             status = assoc.send_c_store(ds)
             if status.get("Status") != 0x0000:
-                raise RuntimeError(f"C-STORE was answered {status.get('Status')}")
+                raise NodeError(f"C-STORE was answered {status.get('Status')}")
     finally:
         assoc.release()
 
 
-def _show(engine, port: int, process: subprocess.Popen[bytes]) -> int:  # type: ignore[no-untyped-def]
+def _show(engine: Engine, port: int, process: subprocess.Popen[bytes]) -> int:
     pairs = []
     for seed in SEEDS:
         prior, follow_up = studies(seed)
@@ -196,7 +200,7 @@ def _show(engine, port: int, process: subprocess.Popen[bytes]) -> int:  # type: 
     return 0 if worst <= TOLERANCE_MM else 1
 
 
-def _await_offsets(engine, pairs: int, process: subprocess.Popen[bytes]) -> None:  # type: ignore[no-untyped-def]
+def _await_offsets(engine: Engine, pairs: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         with store.reading(engine) as session:
@@ -205,11 +209,11 @@ def _await_offsets(engine, pairs: int, process: subprocess.Popen[bytes]) -> None
         if done and all(s.state is SeriesState.CURVE for s in series):
             return
         if any(s.reason for s in series):
-            raise RuntimeError(f"a series was refused: {[str(s.reason) for s in series]}")
+            raise NodeError(f"a series was refused: {[str(s.reason) for s in series]}")
         if process.poll() is not None:
-            raise RuntimeError("the node stopped")
+            raise NodeError("the node stopped")
         time.sleep(0.2)
-    raise RuntimeError(f"no offsets within {DEADLINE_S:.0f} s")
+    raise NodeError(f"no offsets within {DEADLINE_S:.0f} s")
 
 
 def _write_config(folder: Path, port: int) -> Path:
@@ -223,7 +227,7 @@ peers = [{{ ae_title = "DEMO", host = "127.0.0.1", port = 104 }}]
 path = "{folder / "spool"}"
 reserve_bytes = 0
 [database]
-url = "sqlite:///{folder / "dicomnode.sqlite"}"
+url = "{_url(folder)}"
 [series]
 quiet_seconds = 1
 """
@@ -247,20 +251,22 @@ def _node(config: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def store_when_ready(folder: Path, process: subprocess.Popen[bytes]):  # type: ignore[no-untyped-def]
-    """Give the node's database once the node has made it."""
-    url = f"sqlite:///{folder / 'dicomnode.sqlite'}"
-    deadline = time.monotonic() + 60.0
-    port_open = False
-    port = int((folder / "node.toml").read_text().split("port = ")[1].split("\n")[0])
-    while not port_open:
+def _database(folder: Path, port: int, process: subprocess.Popen[bytes]) -> Iterator[Engine]:
+    """Give the node's database once the node listens."""
+    deadline = time.monotonic() + START_S
+    listening = False
+    while not listening:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the node did not start")
+            raise NodeError("the node did not start")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
-            port_open = True
-        time.sleep(0.2)
-    with store.opened(url, create=True) as engine:
+            listening = True
+        time.sleep(0.1)
+    with store.opened(_url(folder), create=True) as engine:
         yield engine
+
+
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'dicomnode.sqlite'}"
 
 
 def _free_port() -> int:

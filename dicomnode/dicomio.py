@@ -1,5 +1,6 @@
 """The door to DICOM bytes: headers, pixels in HU, and CT series written by our own hand."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dicomnode.model import PatientKey, Reason, SliceHeader
 
 # A 16-bit slice of 4096 x 4096: what a header may make us allocate, and no more.
 MAX_PIXELS = 4096 * 4096
+MAX_RESCALE = 1e6
 
 
 def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
@@ -31,7 +33,13 @@ def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
         If it is no DICOM file, or breaks off.
     """
     try:
-        return pydicom.dcmread(source, stop_before_pixels=not pixels)
+        ds = pydicom.dcmread(source, stop_before_pixels=not pixels)
+        if pixels and not len(ds):
+            # Encapsulated pixel data that breaks off takes everything with it: read up to there.
+            if not isinstance(source, Path):
+                source.seek(0)
+            ds = pydicom.dcmread(source, stop_before_pixels=True)
+        return ds
     except InvalidDicomError as exc:
         raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
     except OSError:
@@ -154,13 +162,16 @@ def image_hu(ds: Dataset) -> npt.NDArray[np.float32]:
         ) from exc
     if stored.shape != (rows, columns):
         raise CorruptObject(f"pixel data of shape {stored.shape}", Reason.PIXEL_DATA)
-    slope, intercept = _floats(ds, "RescaleSlope", 1), _floats(ds, "RescaleIntercept", 1)
-    return pixels.to_hu(
-        stored,
-        slope[0] if slope and slope[0] else 1.0,
-        intercept[0] if intercept else 0.0,
-        _padding(ds),
-    )
+    try:
+        slope, intercept = _floats(ds, "RescaleSlope", 1), _floats(ds, "RescaleIntercept", 1)
+        padding = _padding(ds)
+    except Exception as exc:
+        raise CorruptObject("rescale values cannot be read", Reason.PIXEL_DATA) from exc
+    rescale = (slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0]
+    # No scanner writes more than a few thousand; NaN and 1e38 come from damaged headers.
+    if not all(abs(value) <= MAX_RESCALE for value in rescale):
+        raise CorruptObject(f"rescale slope and intercept {rescale}", Reason.PIXEL_DATA)
+    return pixels.to_hu(stored, *rescale, padding)
 
 
 def find(paths: list[Path]) -> Iterator[Path]:
@@ -244,9 +255,10 @@ def _values(ds: Dataset, keyword: str) -> list[Any]:
 
 
 def _text(ds: Dataset, keyword: str) -> str:
-    values = _values(ds, keyword)
+    # Of several values none is the value: two patients whose IDs begin alike must not become one.
     # Postgres stores no NUL; in DICOM it is padding.
-    return str(values[0]).replace("\0", "").strip(" ") if values else ""
+    text = "\\".join(str(value) for value in _values(ds, keyword))
+    return text.replace("\0", "").strip(" ")
 
 
 def _floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
@@ -259,7 +271,7 @@ def _floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
 
 def _integer(ds: Dataset, keyword: str) -> int | None:
     values = _floats(ds, keyword, 1)
-    return int(values[0]) if values else None
+    return int(values[0]) if values and math.isfinite(values[0]) else None
 
 
 def _patient(ds: Dataset, default_issuer: str) -> PatientKey:
@@ -296,5 +308,5 @@ def _decodable(ds: Dataset) -> bool:
         return not ds.file_meta.TransferSyntaxUID.is_encapsulated or bool(
             pydicom.pixels.get_decoder(ds.file_meta.TransferSyntaxUID).is_available
         )
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, ValueError):  # ValueError: a private syntax
         return False

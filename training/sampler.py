@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dicomnode.core import geometry
 from training.bank import BankSeries
 
 Draw = Callable[..., Tensor]  # uniform in -1..1, of a shape
@@ -47,9 +48,12 @@ class StackSampler:
         self, series: list[BankSeries], shares: list[Share], *, m: int, max_gap_mm: float
     ) -> None:
         self.m, self.max_gap_mm = m, max_gap_mm
-        self.series = [s for s in series if len(s.z_mm) >= m]
+        # Equal steps in the bank are equal steps in mm only where no slice is missing.
+        self.series = [
+            s for s in series if len(s.z_mm) >= m and not geometry.spacing_flags(np.asarray(s.z_mm))
+        ]
         if not self.series:
-            raise ValueError(f"no series of at least {m} slices")
+            raise ValueError(f"no evenly spaced series of at least {m} slices")
         self.probability = weights(self.series, shares)
         self.z = [np.asarray(s.z_mm) for s in self.series]
 
@@ -130,9 +134,9 @@ def _affine(x: Tensor, config: Augmentation, uniform: Draw, chance: Chance) -> T
 
 def _masks(b: int, h: int, w: int, config: Augmentation, uniform: Draw, chance: Chance) -> Tensor:
     """(b, h, w) of 0 and 1: the whole field, or a circle or box inside it."""
-    y = torch.linspace(-1, 1, h)[None, :, None]
-    x = torch.linspace(-1, 1, w)[None, None, :]
     centre = uniform(b, 2, 1, 1) * 0.35
+    y = torch.linspace(-1, 1, h, device=centre.device)[None, :, None]
+    x = torch.linspace(-1, 1, w, device=centre.device)[None, None, :]
     size = 0.65 + 0.25 * uniform(b, 2, 1, 1)
     dy, dx = (y - centre[:, 0]) / size[:, 0], (x - centre[:, 1]) / size[:, 1]
     circle = dy**2 + dx**2 < 1

@@ -19,10 +19,12 @@ REFORMATS = frozenset(
 # the gantry was tilted: a slice then shows several heights and its score means none of them.
 NON_AXIAL_DEGREES = 45.0
 TILT_DEGREES = 15.0
+# From micro-CT to the coarsest dose grid; beyond lie damaged headers.
+PIXEL_SPACING_MM = (0.01, 20.0)
 MIN_POSITIONS = 8
 MIN_EXTENT_MM = 50.0
 
-_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
+_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 
 
 def is_uid(text: str) -> bool:
@@ -57,7 +59,8 @@ def refuse_slice(header: SliceHeader) -> Reason | None:
     if any(part is None or not np.isfinite(part).all() for part in geometric):
         return Reason.NO_GEOMETRY
     assert header.image_orientation is not None and header.pixel_spacing is not None
-    if min(header.pixel_spacing) <= 0:
+    low, high = PIXEL_SPACING_MM
+    if not all(low <= spacing <= high for spacing in header.pixel_spacing):
         return Reason.NO_GEOMETRY
     try:
         normal = geometry.slice_normal(np.asarray(header.image_orientation))

@@ -68,7 +68,7 @@ def l1(fixed: ScoreCurve, moving: ScoreCurve) -> Offset:
     two scans share no score: the answer is then the end of the search, not a match.
     """
     f, m = _resample(fixed), _resample(moving)
-    least = max(2, int(min(MIN_OVERLAP_MM / SPACING_MM, len(f) / 2, len(m) / 2)))
+    least = max(1, int(min(MIN_OVERLAP_MM / SPACING_MM, len(f) / 2, len(m) / 2)))
     shift, _ = _best_shift(f, m, least)
     offset_mm = float(fixed.z_mm[0] - moving.z_mm[0]) + shift * SPACING_MM
     shared = min(f.max(), m.max()) >= max(f.min(), m.min())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # Simonyan and Zisserman 2015, configuration D; 0 is a 2 x 2 max pooling.
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 # (channels, 3 x 3 convolutions) of each stage, the first of which halves the image:
-# 0.31 GFLOP and 1.8 M parameters a slice. One narrow convolution at full width: batch
+# 0.32 GFLOP and 1.8 M parameters a slice. One narrow convolution at full width: batch
 # normalisation and ReLU there, bound by memory, took half of a training step.
 COMPACT = ((24, 1), (64, 2), (96, 3), (192, 2), (256, 2))
 

@@ -159,7 +159,7 @@ def finish_series(
 def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
     newest = results[-1]
     header = newest.header
-    series = _series_for_update(session, header, newest.arrived_at)
+    series = _series_for_update(session, header, results[0].arrived_at)
     patient = header.patient
     moved = (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid) or (
         # A sender that does not name the issuer does not take it away.
@@ -174,6 +174,9 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
         series.patient_id, series.issuer = patient.patient_id, patient.issuer
         series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
+        _drop_offsets(
+            session, series.id
+        )  # at once: they are between two patients, or within one study
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
@@ -324,6 +327,10 @@ def _parts(items: list[str], size: int) -> list[list[str]]:
 
 def _drop_curve(session: Session, series_id: int) -> None:
     session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
+    _drop_offsets(session, series_id)
+
+
+def _drop_offsets(session: Session, series_id: int) -> None:
     session.execute(
         delete(schema.Offset).where(
             or_(

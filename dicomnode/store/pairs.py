@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from db import schema
@@ -15,6 +15,11 @@ def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
     """Write the work that a new curve brings: every curve of the patient's other studies."""
     if not PatientKey(series.patient_id, series.issuer).known:
         return 0
+    if session.get_bind().dialect.name == "postgresql":
+        # Two workers that finish two studies of one patient at once would each not see the
+        # other's curve yet. SQLite has one writer at a time.
+        key = f"{series.issuer}\\{series.patient_id}"
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
     others = session.scalars(
         select(schema.Series)
         .join(schema.Curve)
@@ -70,9 +75,18 @@ def store_offset(
     session: Session, pending: PendingOffset, offset: Offset, now: datetime, seconds: float
 ) -> None:
     """Store the offset of a pair, unless one of its curves was revised meanwhile."""
-    row = session.get(schema.Offset, pending.id)
-    if row is None:  # the pair went with a curve that was reopened: it will be asked for anew
+    row = session.get(schema.Offset, pending.id, with_for_update=True, populate_existing=True)
+    if row is None:
         return
+    fixed = session.get_one(schema.Series, row.fixed_series_id, populate_existing=True)
+    moving = session.get_one(schema.Series, row.moving_series_id, populate_existing=True)
+    if (fixed.series_uid, fixed.revision, moving.series_uid, moving.revision) != (
+        pending.fixed_series,
+        pending.fixed_revision,
+        pending.moving_series,
+        pending.moving_revision,
+    ):
+        return  # it waits, to be computed from the curves of today
     row.status = offset.status
     row.offset_mm, row.overlap_mm, row.sigma_mm = (
         offset.offset_mm,
