@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dicomnode.core import phantom
+from dicomnode.core import anatomy, phantom
 
 AVERAGE = phantom.PhantomPatient(seed=0)
 SEEDS = (0, 1, 2, 3)
@@ -228,7 +228,7 @@ def test_breathing_in_lowers_the_diaphragm_and_leaves_the_skeleton():
 
 
 def test_knots_have_distinct_heights():
-    for shape in (*phantom.OUTLINES, *phantom.ORGANS):
+    for shape in (*anatomy.OUTLINES, *anatomy.ORGANS):
         if shape.kind != "tube":
             heights = [knot[0] for knot in shape.knots]
             assert len(set(heights)) == len(heights), shape.name
