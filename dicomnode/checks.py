@@ -85,13 +85,14 @@ def _device(settings: Settings) -> str:
 
 
 def _echo(peer: Peer, settings: Settings) -> str:
-    from pynetdicom import AE
+    from pynetdicom import AE, build_context
     from pynetdicom.sop_class import Verification
 
     ae = AE(settings.node.ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = PEER_TIMEOUT_S
     where = f"{peer.host}:{peer.port}"
-    assoc = ae.associate(peer.host, peer.port, [Verification], ae_title=peer.ae_title)
+    contexts = [build_context(Verification)]
+    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title)
     if not assoc.is_established:
         raise NodeError(f"no association with {where}")
     try:

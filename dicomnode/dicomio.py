@@ -90,6 +90,8 @@ def decode(
     except DicomError as exc:
         return Decoded(header, calling, reason=exc.reason, detail=str(exc))
     x = preprocess.to_input(image, header.pixel_spacing, header.image_orientation, spec)
+    if preprocess.is_empty(x, spec):
+        return Decoded(header, calling, reason=Reason.EMPTY)
     return Decoded(header, calling, input=x)
 
 

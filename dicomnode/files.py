@@ -74,6 +74,9 @@ def score(
             except DicomError as exc:
                 unreadable[exc.reason] += 1
                 continue
+            if decoded.reason is Reason.BAD_UID:  # it names no Series
+                unreadable[decoded.reason] += 1
+                continue
             headers.setdefault(decoded.header.series_uid, decoded.header)
             if decoded.reason is not None:
                 aside[decoded.header.series_uid][decoded.reason] += 1

@@ -32,6 +32,7 @@ class Reason(StrEnum):
     # ignored: a sound object that is not what the regressor was made for
     NOT_CT = "not_ct_image"
     MULTI_FRAME = "multi_frame"
+    EMPTY = "empty"  # shows no body
     LOCALIZER = "localizer"
     REFORMAT = "reformat"
     NON_AXIAL = "non_axial"
@@ -57,6 +58,7 @@ _IGNORED = frozenset(
     {
         Reason.NOT_CT,
         Reason.MULTI_FRAME,
+        Reason.EMPTY,
         Reason.LOCALIZER,
         Reason.REFORMAT,
         Reason.NON_AXIAL,

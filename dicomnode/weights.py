@@ -56,22 +56,22 @@ def load(folder: Path | None = None) -> Bundle:
         data = (folder / WEIGHTS).read_bytes()
     except (OSError, ValueError) as exc:
         raise WeightsError(f"no weight bundle in {folder}: {exc}") from exc
-    if manifest.get("format") != FORMAT:
-        raise WeightsError(f"{folder} has format {manifest.get('format')}, expected {FORMAT}")
-    if hashlib.sha256(data).hexdigest() != manifest["weights_sha256"]:
-        raise WeightsError(f"{folder / WEIGHTS} is not the file its manifest names")
     try:
+        if manifest["format"] != FORMAT:
+            raise WeightsError(f"{folder} has format {manifest['format']}, expected {FORMAT}")
+        if hashlib.sha256(data).hexdigest() != manifest["weights_sha256"]:
+            raise WeightsError(f"{folder / WEIGHTS} is not the file its manifest names")
         net = network.build(network.NetworkConfig(**manifest["network"]))
         net.load_state_dict(load_tensors(data))
-    except (SafetensorError, RuntimeError, TypeError, ValueError) as exc:
-        raise WeightsError(f"{folder}: weights do not fit the network: {exc}") from exc
-    return Bundle(
-        digest=digest(manifest),
-        manifest=manifest,
-        network=net.eval().requires_grad_(False),
-        spec=PreprocessSpec.from_dict(manifest["preprocess"]),
-        heights=heights_of(manifest),
-    )
+        return Bundle(
+            digest=digest(manifest),
+            manifest=manifest,
+            network=net.eval().requires_grad_(False),
+            spec=PreprocessSpec.from_dict(manifest["preprocess"]),
+            heights=heights_of(manifest),
+        )
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as exc:
+        raise WeightsError(f"{folder}: the manifest does not describe a bundle: {exc}") from exc
 
 
 def save(

