@@ -63,6 +63,7 @@ def _sqlite(url: URL) -> Engine:
     Path(url.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(
         url,
+        hide_parameters=True,  # an error would quote them, and with them a patient
         # `timeout` is SQLite's busy_timeout. `isolation_level` None stops sqlite3 from sending
         # BEGIN by itself, before the first INSERT only: _begin_sqlite does it.
         connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
@@ -126,4 +127,4 @@ def _postgres(url: URL) -> Engine:
     # psycopg 3 is what the package installs; SQLAlchemy 2.0 takes plain postgresql:// for psycopg2.
     url = url.set(drivername="postgresql+psycopg")
     url = url.update_query_dict({k: v for k, v in POSTGRES_DEFAULTS.items() if k not in url.query})
-    return create_engine(url, pool_pre_ping=True)
+    return create_engine(url, pool_pre_ping=True, hide_parameters=True)

@@ -2,31 +2,34 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
 from dicomnode.config import Settings
-from dicomnode.errors import ConfigError
-from dicomnode.model import SeriesState
+from dicomnode.errors import SpoolBusy
+from dicomnode.model import SeriesState, SpooledEvent
 from dicomnode.node import serve
 from dicomnode.spool import Spool
 
 # Files that wait in the spool at a time: enough to keep the device busy, few enough for the disk.
 AHEAD = 512
+LOOK_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Summary:
     """What a back-fill did, and what the database now holds."""
 
-    files: int
-    skipped: int  # no DICOM Part 10 files
-    curves: int
-    pairs: int
+    files: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # why -> files
+    curves: int = 0
+    pairs: int = 0
 
 
 def run(
@@ -34,69 +37,96 @@ def run(
 ) -> Summary:
     """Put every file under the paths through the node's stages, and wait until they are done.
 
+    A node that runs on the same spool does the work; otherwise it is done here.
+
     Raises
     ------
     SpoolFull
         If the disk of the spool has no room; start again when it has: a repeat does no harm.
     """
-    try:
-        with serve.opened_worker(settings) as (worker, spool, engine):
-            count = _feed(paths, spool, progress, worker.step)
-            _settle(worker, settings.series.quiet_seconds)
-            return _summary(engine, *count)
-    except ConfigError as exc:
-        if "another worker" not in str(exc):
-            raise
-    # A running node has the lease: it works, we feed it.
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
-    count = _feed(paths, spool, progress, lambda: time.sleep(0.2))
-    with store.opened(settings.database.url) as engine:
-        while _busy(engine) or spool.pending(1):
-            time.sleep(0.2)
-        return _summary(engine, *count)
+    summary = Summary()
+    ends: list[SpooledEvent] = []
+    fed = False
+    while True:
+        try:
+            with serve.opened_worker(settings) as (worker, spool, engine):
+                if not fed:
+                    ends = _feed(paths, spool, summary, progress, worker.step)
+                while _is_waiting(engine, ends):
+                    if not worker.step():
+                        time.sleep(LOOK_S)
+                while worker.step():  # the offsets that follow from the last curve
+                    pass
+                return _with_counts(engine, summary)
+        except SpoolBusy:
+            spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+        if not fed:
+            ends = _feed(paths, spool, summary, progress, lambda: time.sleep(LOOK_S))
+            fed = True
+        with store.opened(settings.database.url) as engine:
+            if not _is_waiting(engine, ends):
+                return _with_counts(engine, summary)
+        time.sleep(LOOK_S)  # should the node stop, the next round finds its lease free
 
 
 def _feed(
     paths: list[Path],
     spool: Spool,
+    summary: Summary,
     progress: Callable[[int], None],
     work: Callable[[], object],
-) -> tuple[int, int]:
-    """Return (files taken, files skipped)."""
-    association_id = secrets.token_hex(8)
-    taken = skipped = waiting = 0
-    for path in dicomio.find(paths):
-        progress(1)
-        data = path.read_bytes()
-        if data[128:132] != b"DICM":  # an archive's own files among its images are no loss
-            skipped += 1
-            continue
-        spool.put(data, association_id)
-        taken += 1
-        waiting += 1
-        if waiting >= AHEAD:
-            while len(spool.pending(AHEAD // 2)) >= AHEAD // 2:
-                work()
-            waiting = AHEAD // 2
-    spool.put_event(association_id, "released")
-    while spool.pending(1):
-        work()
-    return taken, skipped
+) -> list[SpooledEvent]:
+    """Spool every DICOM file, each folder as an association of its own, and return their ends."""
+    ends: list[SpooledEvent] = []
+    waiting = 0
+    for _, folder in groupby(dicomio.find(paths), key=lambda path: path.parent):
+        association_id = secrets.token_hex(8)
+        try:
+            for path in folder:
+                progress(1)
+                data = _part10(path, summary)
+                if data is None:
+                    continue
+                spool.put(data, association_id)
+                summary.files += 1
+                waiting += 1
+                if waiting >= AHEAD:
+                    while len(spool.pending(AHEAD // 2)) >= AHEAD // 2:
+                        work()
+                    waiting = AHEAD // 2
+        finally:
+            ends.append(spool.put_event(association_id, "released"))
+            waiting += 1
+    return ends
 
 
-def _settle(worker: serve.Worker, quiet_seconds: float) -> None:
-    """Step until what was taken has been quiet for long enough to be finished and aligned."""
-    deadline = time.monotonic() + quiet_seconds + 1.0
-    while worker.step() or time.monotonic() < deadline:
-        time.sleep(0.05)
+def _part10(path: Path, summary: Summary) -> bytes | None:
+    """The bytes of a DICOM Part 10 file; of another, None, and why it was skipped."""
+    if not path.is_file():  # a dangling link, a pipe
+        summary.skipped["no regular file"] += 1
+        return None
+    try:
+        with open(path, "rb") as file:
+            head = file.read(132)
+            if head[128:] != b"DICM":  # an archive's own files among its images are no loss
+                summary.skipped["no DICOM"] += 1
+                return None
+            return head + file.read()
+    except OSError as exc:
+        summary.skipped[exc.strerror or "not readable"] += 1
+        return None
 
 
-def _busy(engine: Engine) -> bool:
+def _is_waiting(engine: Engine, ends: list[SpooledEvent]) -> bool:
+    """Whether something that was fed is not in a finished Series yet."""
+    if any(end.path.exists() for end in ends):
+        return True
     with store.reading(engine) as session:
-        return bool(store.open_series(session) or store.pending_offsets(session, 1))
+        return any(store.is_waiting(session, end.association_id) for end in ends)
 
 
-def _summary(engine: Engine, taken: int, skipped: int) -> Summary:
+def _with_counts(engine: Engine, summary: Summary) -> Summary:
     with store.reading(engine) as session:
-        curves = store.count_series(session).get(SeriesState.CURVE, 0)
-        return Summary(taken, skipped, curves, store.count_offsets(session))
+        summary.curves = store.count_series(session).get(SeriesState.CURVE, 0)
+        summary.pairs = store.count_offsets(session)
+    return summary

@@ -1,5 +1,6 @@
 """What `dicomnode check` tries: each outside thing once, with what to do where it fails."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -67,8 +68,18 @@ def _spool(settings: Settings) -> str:
 
 
 def _database(settings: Settings) -> str:
-    with store.opened(settings.database.url, create=True):
-        return safe_url(settings.database.url)
+    shown = safe_url(settings.database.url)
+    try:
+        file = store.sqlite_file(settings.database.url)
+    except ValueError as exc:
+        raise NodeError(f"database.url: {exc}") from exc
+    if file is not None and not file.exists():  # asking makes nothing, least of all as root
+        folder = next(parent for parent in file.parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise NodeError(f"database.url: {folder} is no folder to write to")
+        return f"{shown}, to be made by the node"
+    with store.opened(settings.database.url):
+        return shown
 
 
 def _weights(settings: Settings) -> str:

@@ -188,10 +188,12 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     with _progress("importing", total) as advance:
         summary = backfill.run(list(paths), settings, advance)
     click.echo(
-        f"{summary.files} files taken, {summary.skipped} are no DICOM; "
+        f"{summary.files} files taken; "
         f"the database holds {summary.curves} curves, {summary.pairs} offsets",
         err=True,
     )
+    for reason, count in summary.skipped.items():
+        click.echo(f"{count} files skipped: {reason}", err=True)
     sys.exit(0 if summary.files else 1)
 
 
@@ -261,11 +263,15 @@ def series(
             limit=limit,
         )
         quarantined = store.count_quarantined(session)
+        asked = state == SeriesState.QUARANTINED
+        details = store.list_quarantined(session, limit) if asked else []
     if as_json:
         _print_json([present.series_json(r) for r in rows])
     elif rows:
         console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
         console.print(present.series_table(rows))
+    for name, reason, detail in details:
+        click.echo(f"{name}  {reason}  {detail}", err=True)
     if quarantined:
         detail = ", ".join(f"{reason} {n}" for reason, n in sorted(quarantined.items()))
         click.echo(f"{sum(quarantined.values())} files in quarantine: {detail}", err=True)
@@ -412,7 +418,7 @@ def upgrade(config: Path | None) -> None:
     """
     from db import migrate
 
-    with _database(config, checked=False) as engine:
+    with _database(config, checked=False) as engine, _schema_errors():
         migrate.upgrade(engine)
         click.echo(migrate.current(engine))
 
@@ -427,7 +433,7 @@ def current(config: Path | None) -> None:
     """
     from db import migrate
 
-    with _database(config, checked=False) as engine:
+    with _database(config, checked=False) as engine, _schema_errors():
         now = migrate.current(engine)
     click.echo(f"{now or 'empty'} (this version needs {migrate.head()})")
     sys.exit(0 if now == migrate.head() else 1)
@@ -447,6 +453,18 @@ def _database(config: Path | None, *, checked: bool = True) -> "AbstractContextM
 
     settings = configuration.load(_config_path(config))
     return store.opened(settings.database.url, checked=checked)
+
+
+@contextlib.contextmanager
+def _schema_errors() -> Iterator[None]:
+    from db import migrate
+    from dicomnode import store
+
+    try:
+        with store.available():
+            yield
+    except migrate.SchemaError as exc:
+        raise ConfigError(f"database.url: {exc}") from exc
 
 
 def _score(paths: Sequence[Path], model: Path | None, device: str) -> "ScoredFiles":

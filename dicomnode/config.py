@@ -75,6 +75,11 @@ class NodeSettings(_Section):
     peers: Annotated[tuple[Peer, ...], NoDecode] = Field(
         default=(), description="The DICOM nodes we know. Nobody else may send."
     )
+    default_issuer: str = Field(
+        default="",
+        description="Issuer of Patient ID (0010,0021) taken for objects without one whose sender "
+        "has no default_issuer of its own, imported files among them.",
+    )
     maximum_associations: int = Field(
         default=32, ge=1, description="Associations served at a time; more are refused for now."
     )
@@ -131,7 +136,7 @@ class ScoreSettings(_Section):
         default=None,
         description="Folder of a weight bundle; unset, the one that came with the node.",
     )
-    batch: int = Field(default=32, ge=1, description="Slices scored at a time, at most.")
+    batch: int = Field(default=32, ge=1, le=1024, description="Slices scored at a time, at most.")
 
 
 class SeriesSettings(_Section):
@@ -220,6 +225,6 @@ def _problem(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: no such setting"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing" or key == "database.url":  # a URL may hold a password
+    if error["type"] == "missing" or key.startswith("database"):  # a URL may hold a password
         return f"{key}: {message}"
     return f"{key}: {message}, got {error['input']!r}"

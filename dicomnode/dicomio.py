@@ -53,7 +53,6 @@ class Decoded:
     """What one Instance holds for the regressor: its input, or the reason why it has none."""
 
     header: SliceHeader
-    calling_ae_title: str
     input: preprocess.Input | None = None
     reason: Reason | None = None
     detail: str = ""
@@ -71,7 +70,8 @@ def decode(
     source
         A DICOM Part 10 file.
     default_issuers
-        Calling AE title -> issuer of Patient ID taken where the data set names none.
+        Calling AE title -> issuer of Patient ID taken where the data set names none;
+        "" -> the one for every other sender, and for files.
 
     Raises
     ------
@@ -81,18 +81,19 @@ def decode(
     """
     ds = read(source)
     calling = str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
-    header = header_of(ds, default_issuer=(default_issuers or {}).get(calling, ""))
+    issuers = default_issuers or {}
+    header = header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
     if reason := admission.refuse_slice(header):
-        return Decoded(header, calling, reason=reason)
+        return Decoded(header, reason=reason)
     assert header.pixel_spacing is not None and header.image_orientation is not None
     try:
         image = image_hu(ds)
     except DicomError as exc:
-        return Decoded(header, calling, reason=exc.reason, detail=str(exc))
+        return Decoded(header, reason=exc.reason, detail=str(exc))
     x = preprocess.to_input(image, header.pixel_spacing, header.image_orientation, spec)
     if preprocess.is_empty(x, spec):
-        return Decoded(header, calling, reason=Reason.EMPTY)
-    return Decoded(header, calling, input=x)
+        return Decoded(header, reason=Reason.EMPTY)
+    return Decoded(header, input=x)
 
 
 def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
@@ -278,8 +279,10 @@ def _integer(ds: Dataset, keyword: str) -> int | None:
 
 def _patient(ds: Dataset, default_issuer: str) -> PatientKey:
     patient_id, issuer = _text(ds, "PatientID"), _text(ds, "IssuerOfPatientID")
-    if max(len(patient_id), len(issuer)) > 64:  # PS3.5 Table 6.2-1, LO
-        return PatientKey("")  # cut to length, two patients might become one
+    too_long = max(len(patient_id), len(issuer)) > 64  # PS3.5 Table 6.2-1, LO
+    # Cut to length, or with what could not be decoded replaced, two patients might become one.
+    if too_long or "\ufffd" in patient_id + issuer:
+        return PatientKey("")
     return PatientKey(patient_id, issuer or default_issuer)
 
 

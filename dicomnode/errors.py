@@ -10,6 +10,7 @@ NodeError
   - DeviceUnavailable
 + SpoolFull             refuse with 0xA700, sender keeps the object
 + ConfigError           stop at start-up, say which key
+  - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
 
 Messages name the thing and the value, never a patient attribute.
@@ -69,6 +70,10 @@ class SpoolFull(NodeError):
 
 class ConfigError(NodeError):
     """A setting is wrong; the message names its key."""
+
+
+class SpoolBusy(ConfigError):
+    """Another worker takes from this spool."""
 
 
 class WeightsError(NodeError):

@@ -89,7 +89,6 @@ class Evidence(StrEnum):
     EXPECTED_COUNT = "expected_count"
     RELEASED_AND_QUIET = "released_and_quiet"
     ASSOCIATION_LOST = "association_lost"
-    QUIET = "quiet"
 
 
 class Method(StrEnum):

@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.core import align, geometry
-from dicomnode.model import Floats, Method, ScoreCurve, SeriesState
+from dicomnode.model import Floats, Method, ScoreCurve
 from dicomnode.store import SeriesRow, StoredOffset
 
 
@@ -64,7 +64,7 @@ def pair(
         studies = {
             row.series_uid: study
             for study in (fixed_study, moving_study)
-            for row in store.list_series(session, study_uid=study, state=SeriesState.CURVE)
+            for row in store.list_series(session, study_uid=study)
         }
         curves = store.curves_of(session, studies)
     offsets = [o for o in offsets if o.fixed_series in curves and o.moving_series in curves]

@@ -5,7 +5,6 @@ nothing of a data set ever becomes part of a path.
 """
 
 import contextlib
-import errno
 import fcntl
 import heapq
 import itertools
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dicomnode.errors import ConfigError, SpoolFull
+from dicomnode.errors import ConfigError, SpoolBusy, SpoolFull
 from dicomnode.model import Reason, SpooledEvent, SpooledInstance
 
 Entry = SpooledInstance | SpooledEvent
@@ -26,8 +25,6 @@ Bytes = bytes | bytearray | memoryview
 EVENT_KINDS = ("released", "aborted", "started")
 
 _NAME = re.compile(rf"(\d{{20}})-\d{{6}}-([0-9a-f]{{16}})\.(dcm|{'|'.join(EVENT_KINDS)})")
-# What the disk answers when it takes no more: the sender is to keep the object.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS}
 
 
 class Spool:
@@ -67,7 +64,9 @@ class Spool:
         """
         parts = [data] if isinstance(data, Bytes) else data
         size = sum(map(len, parts))
-        if self.free_bytes() - size < self.reserve_bytes:
+        with self._refusals():
+            free = self.free_bytes()
+        if free - size < self.reserve_bytes:
             raise SpoolFull(
                 f"{size} bytes more would leave less than {self.reserve_bytes} bytes "
                 f"free in {self.path}"
@@ -136,14 +135,14 @@ class Spool:
 
         Raises
         ------
-        ConfigError
+        SpoolBusy
             If another worker holds it.
         """
         with open(self.path / ".lease", "wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
-                raise ConfigError(f"spool.path: another worker is at {self.path}") from exc
+                raise SpoolBusy(f"spool.path: another worker is at {self.path}") from exc
             yield
 
     def _write(
@@ -189,9 +188,9 @@ class Spool:
         try:
             yield
         except OSError as exc:
-            if exc.errno in _REFUSED:
-                raise SpoolFull(f"{self.path}: {exc.strerror}") from exc
-            raise
+            # Full, read-only, gone, no more file handles: none of it is the object's fault,
+            # so the sender is to keep it.
+            raise SpoolFull(f"{self.path}: {exc.strerror}") from exc
 
 
 def fsync_directory(path: Path) -> None:

@@ -23,6 +23,9 @@ TILT_DEGREES = 15.0
 PIXEL_SPACING_MM = (0.01, 20.0)
 MIN_POSITIONS = 8
 MIN_EXTENT_MM = 50.0
+# No table is longer: a curve over more costs memory by the square, and is wrong.
+MAX_EXTENT_MM = 3000.0
+MAX_POSITION_MM = 10_000.0
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 
@@ -58,7 +61,9 @@ def refuse_slice(header: SliceHeader) -> Reason | None:
     geometric = (header.image_position, header.image_orientation, header.pixel_spacing)
     if any(part is None or not np.isfinite(part).all() for part in geometric):
         return Reason.NO_GEOMETRY
-    assert header.image_orientation is not None and header.pixel_spacing is not None
+    assert header.image_position and header.image_orientation and header.pixel_spacing
+    if max(map(abs, header.image_position)) > MAX_POSITION_MM:
+        return Reason.NO_GEOMETRY
     low, high = PIXEL_SPACING_MM
     if not all(low <= spacing <= high for spacing in header.pixel_spacing):
         return Reason.NO_GEOMETRY
@@ -80,4 +85,6 @@ def refuse_stack(z_mm: Floats) -> Reason | None:
         return Reason.TOO_FEW_POSITIONS
     if z_mm[-1] - z_mm[0] < MIN_EXTENT_MM:
         return Reason.TOO_SHORT
+    if z_mm[-1] - z_mm[0] > MAX_EXTENT_MM:
+        return Reason.NOT_ONE_STACK
     return None

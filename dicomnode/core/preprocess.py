@@ -52,8 +52,8 @@ class PreprocessSpec:
         known = {f.name for f in fields(cls)}
         if values.get("version") != cls().version or set(values) != known:
             raise WeightsError(
-                f"the bundle needs preprocessing version {values.get('version')}, "
-                f"this node implements {cls().version}"
+                f"the bundle's preprocessing, version {values.get('version')} of {sorted(values)}, "
+                f"is not the one of this node, version {cls().version} of {sorted(known)}"
             )
         parts: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()

@@ -3,6 +3,7 @@
 Reads two curves, writes the offset.
 """
 
+import logging
 import time
 from datetime import UTC, datetime
 
@@ -10,9 +11,13 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.core import align
+from dicomnode.model import Method, Offset, OffsetStatus, ScoreCurve
 
 # Pairs a transaction: few enough that slices are not kept waiting.
 PAIRS = 50
+
+
+logger = logging.getLogger(__name__)
 
 
 class AlignStage:
@@ -33,9 +38,16 @@ class AlignStage:
             )
             for pair in pending:
                 start = time.perf_counter()
-                offset = align.align(
-                    curves[pair.fixed_series], curves[pair.moving_series], pair.method
-                )
+                offset = _align(curves[pair.fixed_series], curves[pair.moving_series], pair.method)
                 seconds = time.perf_counter() - start
                 store.store_offset(session, pair, offset, datetime.now(UTC), seconds)
         return len(pending)
+
+
+def _align(fixed: ScoreCurve, moving: ScoreCurve, method: Method) -> Offset:
+    try:
+        return align.align(fixed, moving, method)
+    except Exception as exc:
+        # One pair that cannot be computed must not stop those behind it.
+        logger.exception("pair not aligned", extra={"fixed": fixed.series_uid})
+        return Offset(method, OffsetStatus.REFUSED, reason=f"failed: {type(exc).__name__}")

@@ -11,9 +11,12 @@ from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core import curve
+from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
 
 logger = logging.getLogger(__name__)
+
+RETRY = timedelta(minutes=10)
 
 
 class AssembleStage:
@@ -23,6 +26,7 @@ class AssembleStage:
         self.engine = engine
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
+        self._failed: dict[int, datetime] = {}  # Series -> when to try again
 
     def step(self, horizon: datetime, now: datetime) -> int:
         """Finish every Series that is complete, and return how many were.
@@ -39,14 +43,25 @@ class AssembleStage:
             if not store.open_series(session):
                 return 0
         with store.writing(self.engine) as session:
-            store.end_lost_associations(session, horizon - self.lost)
+            store.end_lost_associations(session, horizon, self.lost)
             waiting = store.open_series(session)
         finished = 0
         for series in waiting:
             evidence = store.next_completion(series, horizon, self.quiet)
-            if evidence is not None:
-                finished += self._finish(series, evidence, now)
+            if evidence is not None and now >= self._failed.get(series.id, now):
+                finished += self._try_to_finish(series, evidence, now)
         return finished
+
+    def _try_to_finish(self, series: store.OpenSeries, evidence: Evidence, now: datetime) -> bool:
+        try:
+            return self._finish(series, evidence, now)
+        except TransientError:
+            raise
+        except Exception:
+            # One Series that cannot be finished must not stop those behind it.
+            logger.exception("series not finished", extra={"series_uid": series.series_uid})
+            self._failed[series.id] = now + RETRY
+            return False
 
     def _finish(self, series: store.OpenSeries, evidence: Evidence, now: datetime) -> bool:
         with store.writing(self.engine) as session:

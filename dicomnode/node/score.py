@@ -3,13 +3,14 @@
 Reads the spool, writes slice rows; a file leaves the spool after that commit, not before.
 """
 
+import contextlib
 import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,7 @@ class ScoreStage:
             d.input for d in decoded if isinstance(d, dicomio.Decoded) and d.input is not None
         ]
         scores = iter(self.scorer.score(inputs))
+        now = datetime.now(UTC)  # no arrival lies later, whatever the clock was then
         results: list[store.SliceResult] = []
         aside: list[tuple[SpooledInstance, Reason, str]] = []
         for entry, d in zip(batch, decoded, strict=True):
@@ -152,7 +154,11 @@ class ScoreStage:
             if d.reason is not Reason.BAD_UID:  # a UID that is none names no Series
                 results.append(
                     store.SliceResult(
-                        d.header, entry.association_id, entry.arrived_at, score, d.reason
+                        d.header,
+                        entry.association_id,
+                        min(entry.arrived_at, now),
+                        score,
+                        d.reason,
                     )
                 )
         with store.writing(self.engine) as session:
@@ -182,7 +188,7 @@ class ScoreStage:
     def _end(self, event: SpooledEvent) -> None:
         with store.writing(self.engine) as session:
             if event.kind == "started":
-                store.end_lost_associations(session, event.arrived_at)
+                store.end_lost_associations(session, event.arrived_at, timedelta(0))
             else:
                 store.end_association(session, event.association_id, event.kind)
         self.spool.remove(event)
@@ -204,5 +210,6 @@ class ScoreStage:
         # Suspects that still wait keep their count; not synced: a power cut is no poison.
         names = {**self._suspects, **{entry.path.name: attempts for entry in batch}}
         partial = Path(f"{self._in_flight}.part")
-        partial.write_text(json.dumps(names))
-        os.replace(partial, self._in_flight)
+        with contextlib.suppress(OSError):  # on a full disk, going on is what frees it
+            partial.write_text(json.dumps(names))
+            os.replace(partial, self._in_flight)

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.config import Settings
-from dicomnode.errors import ConfigError, TransientError, WeightsError
+from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
 from dicomnode.spool import Spool
 
 T = TypeVar("T")
@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 PARTS = ("receive", "work")
 IDLE_S = 0.2  # between looks at an empty spool
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
-TAKEOVER_S = 15.0  # for the worker of a killed node to let go of the spool
+TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
+FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
+DEVICE_FAILURES = 5
 STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 
 
@@ -44,7 +46,8 @@ class Worker:
 
         bundle = weights.load(settings.score.model)
         scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
-        issuers = {p.ae_title: p.default_issuer for p in settings.node.peers if p.default_issuer}
+        issuers = {peer.ae_title: peer.default_issuer for peer in settings.node.peers}
+        issuers[""] = settings.node.default_issuer
         with store.writing(engine) as session:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
         self._score = ScoreStage(spool, engine, scorer, issuers)
@@ -104,7 +107,7 @@ def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
 
     Raises
     ------
-    ConfigError
+    SpoolBusy
         If another worker is at that spool.
     """
     spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
@@ -117,16 +120,17 @@ def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
 
 
 def _take_over(lease: Callable[[], object], stop: threading.Event) -> None:
-    """Take the lease as soon as it is free, TAKEOVER_S at most."""
-    deadline = time.monotonic() + TAKEOVER_S
+    """Take the lease once it is free: a killed node lets go at once, an import when it is done."""
+    told = False
     while not stop.is_set():
         try:
             lease()
             return
-        except ConfigError:
-            if time.monotonic() > deadline:
-                raise
-        stop.wait(0.2)
+        except SpoolBusy as exc:
+            if not told:
+                logger.warning("worker waits", extra={"reason": str(exc)})
+                told = True
+        stop.wait(TAKEOVER_S)
 
 
 def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
@@ -139,6 +143,8 @@ def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
             raise
         except TransientError as exc:
             logger.warning("worker waits", extra={"reason": str(exc)})
+            if isinstance(exc, DeviceUnavailable) and failures >= DEVICE_FAILURES:
+                raise  # a broken CUDA context ends with its process, and the supervisor starts anew
         except Exception:  # must outlive one job
             logger.exception("worker step failed")
         stop.wait(RETRY_S[min(failures, len(RETRY_S) - 1)])
@@ -189,8 +195,8 @@ def _look_after(part: _Part, config: Path | None, options: Sequence[str]) -> int
     status = part.process.poll()
     if status is None:
         return None
-    if status == 2:  # a wrong setting: starting again would not help
-        return 2
+    if status == 2 and part.failures == 0 and now - part.started < FIRST_START_S:
+        return 2  # a wrong setting: starting again would not help
     part.failures = 0 if now - part.started > 60 else part.failures + 1
     delay = 0.0 if part.failures == 0 else RETRY_S[min(part.failures - 1, len(RETRY_S) - 1)]
     logger.error("part died", extra={"part": part.name, "status": status, "restart_s": delay})

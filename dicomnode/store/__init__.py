@@ -11,6 +11,8 @@ from dicomnode.store.answers import (
     curve_of,
     curves_of,
     heights_of,
+    is_waiting,
+    list_quarantined,
     list_series,
     open_slices,
 )
@@ -26,7 +28,7 @@ from dicomnode.store.intake import (
     record_slices,
 )
 from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
-from dicomnode.store.session import available, opened, reading, writing
+from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.values import (
     Claimed,
     OpenSeries,
@@ -54,6 +56,8 @@ __all__ = [
     "end_lost_associations",
     "finish_series",
     "heights_of",
+    "is_waiting",
+    "list_quarantined",
     "list_series",
     "next_completion",
     "offsets_of",
@@ -65,6 +69,7 @@ __all__ = [
     "record_model",
     "record_quarantined",
     "record_slices",
+    "sqlite_file",
     "store_offset",
     "trust",
     "writing",

@@ -54,6 +54,16 @@ def count_quarantined(session: Session) -> dict[str, int]:
     return {reason: count for reason, count in rows}
 
 
+def list_quarantined(session: Session, limit: int) -> list[tuple[str, str, str]]:
+    """Return (file, reason, detail) of files in quarantine, newest first."""
+    rows = session.execute(
+        select(schema.Quarantined.name, schema.Quarantined.reason, schema.Quarantined.detail)
+        .order_by(schema.Quarantined.arrived_at.desc())
+        .limit(limit)
+    )
+    return [(name, reason, detail) for name, reason, detail in rows]
+
+
 def count_series(session: Session) -> dict[SeriesState, int]:
     """Return state -> Series."""
     rows = session.execute(select(schema.Series.state, func.count()).group_by(schema.Series.state))
@@ -88,10 +98,23 @@ def curves_of(session: Session, series_uids: Iterable[str]) -> dict[str, ScoreCu
     }
 
 
+def is_waiting(session: Session, association_id: str) -> bool:
+    """Whether a Series that an association carried is not finished yet."""
+    return bool(
+        session.scalar(
+            select(func.count())
+            .select_from(schema.Arrival)
+            .where(schema.Arrival.association_id == association_id)
+        )
+    )
+
+
 def open_slices(session: Session, series_uid: str) -> Claimed | None:
     """Return what was scored so far of a Series that is still arriving, None where it is not."""
     series_id = session.scalar(
-        select(schema.Series.id).where(schema.Series.series_uid == series_uid)
+        select(schema.Series.id).where(
+            schema.Series.series_uid == series_uid, schema.Series.state == SeriesState.OPEN
+        )
     )
     return None if series_id is None else claimed_slices(session, series_id)
 

@@ -1,6 +1,7 @@
 """From what arrives to a finished Series: slices, ends of associations, completion."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,6 +20,15 @@ from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 # size differ in the last bits, another image by far more.
 SAME_SCORE = 0.02
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is stored of one slice; empty where it was set aside."""
+
+    model: str | None = None
+    score: float | None = None
+    image_position: tuple[float, ...] = ()
 
 
 def record_model(session: Session, digest: str, manifest: dict[str, Any], now: datetime) -> None:
@@ -48,11 +58,16 @@ def end_association(session: Session, association_id: str, kind: str) -> None:
     )
 
 
-def end_lost_associations(session: Session, before: datetime) -> None:
-    """Note as lost every association without an end that brought nothing since `before`."""
+def end_lost_associations(session: Session, now: datetime, after: timedelta) -> None:
+    """Note as lost every association without an end that brought nothing for so long.
+
+    One whose last slice lies further in the future than that stems from before the clock was
+    set back.
+    """
+    last_at = schema.Arrival.last_at
     session.execute(
         update(schema.Arrival)
-        .where(schema.Arrival.ended.is_(None), schema.Arrival.last_at < before)
+        .where(schema.Arrival.ended.is_(None), or_(last_at < now - after, last_at > now + after))
         .values(ended="lost")
     )
 
@@ -92,7 +107,8 @@ def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evid
     # Beyond the count, the count was wrong: a Series must not be finished at each further slice.
     if series.received == series.expected:
         return Evidence.EXPECTED_COUNT
-    if None in series.ends or now - series.last_arrival_at < quiet:
+    # Either way: where the clock was set back, the last arrival lies in the future.
+    if None in series.ends or abs(now - series.last_arrival_at) < quiet:
         return None
     lost = any(end != "released" for end in series.ends)
     return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
@@ -159,13 +175,15 @@ def finish_series(
 
 
 def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
-    newest = results[-1]
-    header = newest.header
+    # Who the patient is, a sound slice says rather than a damaged one.
+    sound = [r for r in results if r.score is not None]
+    newest = (sound or results)[-1]
+    header, patient = newest.header, newest.header.patient
     series = _series_for_update(session, header, results[0].arrived_at)
-    patient = header.patient
-    moved = (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid) or (
+    moved = bool(sound) and (
+        (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid)
         # A sender that does not name the issuer does not take it away.
-        patient.issuer not in ("", series.issuer)
+        or patient.issuer not in ("", series.issuer)
     )
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
@@ -174,8 +192,9 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
             return
         _reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
+        same = series.patient_id == patient.patient_id
+        series.issuer = patient.issuer or (series.issuer if same else "")
         series.patient_id = patient.patient_id
-        series.issuer = patient.issuer or series.issuer
         series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
         _drop_offsets(
             session, series.id
@@ -183,8 +202,9 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
-    if 0 < (header.expected_instances or 0) < MAX_EXPECTED:
-        series.expected = header.expected_instances
+    for r in results:
+        if 0 < (r.header.expected_instances or 0) < MAX_EXPECTED:
+            series.expected = r.header.expected_instances
     if series.modality != "CT" and any(r.header.modality == "CT" for r in results):
         series.modality = "CT"  # something else shares the Series: the CT names it
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
@@ -243,36 +263,35 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
     ).one()
 
 
-def _known_slices(
-    session: Session, series: schema.Series
-) -> dict[str, tuple[str | None, float | None]]:
-    """SOP Instance UID -> (bundle, score), both None where set aside, of a finished Series."""
-    known: dict[str, tuple[str | None, float | None]] = dict.fromkeys(
-        series.set_aside, (None, None)
-    )
-    for uid, model, score in session.execute(
-        select(schema.Slice.sop_instance_uid, schema.Slice.model, schema.Slice.score).where(
-            schema.Slice.series_id == series.id
+def _known_slices(session: Session, series: schema.Series) -> dict[str, _Known]:
+    """SOP Instance UID -> what is stored of it, of a finished Series."""
+    known = dict.fromkeys(series.set_aside, _Known())
+    for slice_ in session.scalars(select(schema.Slice).where(schema.Slice.series_id == series.id)):
+        known[slice_.sop_instance_uid] = _Known(
+            slice_.model, slice_.score, tuple(slice_.image_position or ())
         )
-    ):
-        known[uid] = (model, score)
     row = session.get(schema.Curve, series.id)
     if row is not None:
-        for (uid, _, _), score in zip(instances(row), array(row.score, "<f4"), strict=True):
-            known[uid] = (row.model, float(score))
+        positions = array(row.image_position, "<f8").reshape(-1, 3)
+        scores = array(row.score, "<f4")
+        for (uid, _, _), score, position in zip(instances(row), scores, positions, strict=True):
+            known[uid] = _Known(row.model, float(score), tuple(position.tolist()))
     return known
 
 
-def _is_known(
-    result: SliceResult, model: str, known: dict[str, tuple[str | None, float | None]]
-) -> bool:
+def _is_known(result: SliceResult, model: str, known: dict[str, _Known]) -> bool:
     """Whether a slice of a finished Series tells nothing new."""
-    if (uid := result.header.sop_instance_uid) not in known:
+    stored = known.get(result.header.sop_instance_uid)
+    if stored is None:
         return False
     if result.score is None:  # a reason adds nothing to a score, nor to another reason
         return True
-    stored_model, stored = known[uid]
-    return stored is not None and stored_model == model and abs(result.score - stored) <= SAME_SCORE
+    return (
+        stored.score is not None
+        and stored.model == model
+        and abs(result.score - stored.score) <= SAME_SCORE
+        and stored.image_position == result.header.image_position
+    )
 
 
 def _reopen(session: Session, series: schema.Series) -> None:

@@ -10,6 +10,8 @@ from dicomnode.model import Method, Offset, OffsetStatus, PatientKey, SeriesStat
 from dicomnode.store.rows import stored_offset
 from dicomnode.store.values import PendingOffset, StoredOffset
 
+OTHER_BUNDLE = "scored by different bundles"
+
 
 def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
     """Write the work that a new curve brings: every curve of the patient's other studies."""
@@ -20,18 +22,19 @@ def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
         # other's curve yet. SQLite has one writer at a time.
         key = f"{series.issuer}\\{series.patient_id}"
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
-    others = session.scalars(
-        select(schema.Series)
+    others = session.execute(
+        select(schema.Series, schema.Curve.model)
         .join(schema.Curve)
         .where(
             schema.Series.patient_id == series.patient_id,
             schema.Series.issuer == series.issuer,
             schema.Series.study_uid != series.study_uid,
             schema.Series.state == SeriesState.CURVE,
-            schema.Curve.model == model,
         )
     ).all()
-    for other in others:
+    now = series.finished_at
+    refused = {"status": OffsetStatus.REFUSED, "reason": OTHER_BUNDLE, "computed_at": now}
+    for other, other_model in others:
         # Both time directions: whichever study is newer is fixed, however late the prior came.
         fixed, moving = sorted((series, other), key=_age, reverse=True)
         for method in Method:
@@ -41,9 +44,10 @@ def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
                     moving_series_id=moving.id,
                     method=method,
                     model=model,
+                    **({} if other_model == model else refused),
                 )
             )
-    return len(others)
+    return sum(other_model == model for _, other_model in others)
 
 
 def _age(series: schema.Series) -> tuple[datetime, str]:

@@ -2,11 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+)
 from sqlalchemy.orm import Session
 
 from db import engine as db_engine
@@ -34,6 +42,8 @@ def opened(url: str, *, create: bool = False, checked: bool = True) -> Iterator[
         If the database does not answer.
     """
     try:
+        if not create and checked and (file := sqlite_file(url)) and not file.exists():
+            raise ConfigError(f"database.url: no database at {file}: the node makes it at start")
         engine = db_engine.create(url)
     except ValueError as exc:
         raise ConfigError(f"database.url: {exc}") from exc
@@ -42,6 +52,22 @@ def opened(url: str, *, create: bool = False, checked: bool = True) -> Iterator[
         yield engine
     finally:
         engine.dispose()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of a SQLite URL, None for another database.
+
+    Raises
+    ------
+    ValueError
+        If it is no URL.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ValueError(f"not a database URL: {db_engine.EXPECTED}") from None
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return Path(parsed.database).absolute() if is_file and parsed.database else None
 
 
 @contextmanager
@@ -69,25 +95,29 @@ def available() -> Iterator[None]:
     """
     try:
         yield
-    except OperationalError as exc:
-        raise StoreUnavailable(f"database: {type(exc.orig).__name__}") from exc
+    except (DataError, IntegrityError):  # what was to be stored is wrong, not the database
+        raise
     except DBAPIError as exc:
-        if not exc.connection_invalidated:
-            raise
-        raise StoreUnavailable(f"database: {type(exc.orig).__name__}") from exc
+        # A fail-over makes a server read-only: no OperationalError, but it passes all the same.
+        raise StoreUnavailable(f"database: {_first_line(exc)}") from exc
 
 
 def _look_at_schema(engine: Engine, create: bool, checked: bool) -> None:
     try:
-        with available():
-            if create and migrate.current(engine) is None:
-                migrate.upgrade(engine)
-            elif checked:
-                migrate.check(engine)
+        if create and migrate.current(engine) is None:
+            migrate.upgrade(engine)
+        elif checked:
+            migrate.check(engine)
     except migrate.SchemaError as exc:
         raise ConfigError(f"database.url: {exc} (dicomnode db upgrade)") from exc
+    except OperationalError as exc:
+        raise StoreUnavailable(f"database: {_first_line(exc)}") from exc
     except DatabaseError as exc:  # the file is not a database
-        raise ConfigError(f"database.url: {type(exc.orig).__name__}: {exc.orig}") from exc
+        raise ConfigError(f"database.url: {_first_line(exc)}") from exc
+
+
+def _first_line(exc: DBAPIError) -> str:
+    return (str(exc.orig).splitlines() or [type(exc.orig).__name__])[0]
 
 
 def insert(session: Session, table: type[schema.Base]) -> Any:

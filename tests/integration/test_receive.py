@@ -325,8 +325,15 @@ def test_store_answers_a700_when_the_spool_is_full(settings, tmp_path):
     assert [entry.kind for entry in Spool(settings.spool.path).pending(10)] == ["started"]
 
 
-def test_store_answers_c211_when_anything_else_fails(receiver, spool, caplog):
+def test_store_answers_a700_when_the_spool_is_gone(receiver, spool, caplog):
     shutil.rmtree(spool.path / "incoming")
+    assert store(receiver.port, ct_dataset()) == 0xA700
+    (record,) = (record for record in caplog.records if record.name == receive.logger.name)
+    assert record.message == "instance refused"
+
+
+def test_store_answers_c211_when_anything_else_fails(receiver, monkeypatch, caplog):
+    monkeypatch.delattr(receive, "file_meta")
     assert store(receiver.port, ct_dataset()) == 0xC211
     (record,) = (record for record in caplog.records if record.name == receive.logger.name)
     assert record.message == "instance not stored"
@@ -543,7 +550,7 @@ def test_the_log_of_a_process_holds_nothing_of_a_patient(settings, spool):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
     shutil.move(spool.path / "incoming", spool.path / "moved")
-    assert store(port, ct_dataset()) == 0xC211
+    assert store(port, ct_dataset()) == 0xA700
 
     process.send_signal(signal.SIGTERM)
     log = process.stderr.read().decode()
@@ -551,6 +558,6 @@ def test_the_log_of_a_process_holds_nothing_of_a_patient(settings, spool):
     assert process.wait(10) == 0
     events = [json.loads(line)["event"] for line in log.splitlines()]
     assert events.count("instance stored") == 2
-    assert events.count("instance not stored") == 1
+    assert events.count("instance refused") == 1
     assert events[-1] == "receiver stopped"
     assert not re.search("canary", log, re.IGNORECASE)

@@ -148,7 +148,7 @@ def test_quarantine_may_be_repeated(spool):
 def test_what_is_nowhere_cannot_be_quarantined(spool):
     entry = spool.put(b"bytes", A)
     spool.remove(entry)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SpoolFull):
         spool.quarantine(entry, Reason.CORRUPT)
 
 
@@ -294,9 +294,9 @@ def test_a_disk_that_fails_to_sync_is_refused(spool, monkeypatch, number):
     assert files(spool) == []
 
 
-def test_any_other_failure_is_not_called_full(spool):
+def test_a_spool_that_is_gone_takes_nothing_either(spool):
     (spool.path / "incoming").rmdir()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SpoolFull, match="No such file"):
         spool.put(b"x", A)
 
 

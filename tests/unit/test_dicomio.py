@@ -356,7 +356,6 @@ def test_a_sound_slice_is_decoded():
     assert d.reason is None
     assert d.input.shape == (128, 128)
     assert d.input.dtype == np.uint8
-    assert d.calling_ae_title == "SCANNER"
     assert d.header.patient == PatientKey(PATIENT_ID, "HOSPITAL")
     assert d.header.sop_instance_uid == ds.SOPInstanceUID
 
