@@ -154,7 +154,7 @@ def check(config: Path | None, as_json: bool) -> None:
     from dicomnode import checks
 
     settings = configuration.load(_config_path(config))
-    log.setup("ERROR", json=False)
+    log.setup("CRITICAL", json=False)  # each check tells its own story
     results = list(checks.run(settings))
     if as_json:
         values = settings.model_dump(mode="json")

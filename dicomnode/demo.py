@@ -100,7 +100,7 @@ def studies(seed: int) -> tuple[Study, Study]:
         pixel_mm=1.84,
         centre_mm=(18.0, -12.0),
         table_mm=float(rng.uniform(-300, 300)),
-        breath_mm=8.0,
+        breath_mm=5.0,
     )
     return _scan(seed, body, prior), _scan(seed, body, follow_up)
 

@@ -94,6 +94,8 @@ STOP_GRACE_S = 5.0
 ABORT_GRACE_S = 2.0
 TAKEOVER_S = 15.0
 
+QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux alone has it
+
 _STORAGE = {context.abstract_syntax for context in AllStoragePresentationContexts}
 _STORAGE_ARC = "1.2.840.10008.5.1.4.1.1."  # PS3.6 Table A-1
 _STORAGE_SERVICE_CLASS = UID("1.2.840.10008.4.2")
@@ -345,9 +347,25 @@ def handle_sop_common(event: evt.Event) -> dict[UID, SOPClassCommonExtendedNegot
     return items
 
 
+class PromptSocket(socket.socket):
+    """A connection that acknowledges at once what it receives.
+
+    DCMTK leaves Nagle on: it holds the end of a message back until its beginning is
+    acknowledged, which Linux delays by 40 ms. Real CT came in at 24 slices/s without this.
+    """
+
+    def recv(self, *args: int) -> bytes:
+        """Receive as usual; the option is not sticky, so it is set before each read."""
+        if QUICK_ACK is not None:
+            self.setsockopt(socket.IPPROTO_TCP, QUICK_ACK, 1)
+        return super().recv(*args)
+
+
 def handle_conn_open(event: evt.Event) -> None:
     """Set the options of a new connection."""
     if connection := _connection(event.assoc):
+        connection = PromptSocket(fileno=connection.detach())
+        event.assoc.dul.socket.socket = connection
         # Our responses are small; Nagle would hold them back until the peer acknowledges.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # pynetdicom reads a PDU with a blocking recv, on which its own timeouts cannot act.
