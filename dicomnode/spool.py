@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,15 +84,14 @@ class Spool:
         path, arrived_at = self._write([], association_id, kind)
         return SpooledEvent(path, association_id, kind, arrived_at)
 
-    def pending(self, limit: int, in_flight: Iterable[Entry] = ()) -> list[Entry]:
-        """Return what waits, oldest first, `limit` entries at most, without those in flight.
+    def pending(self, limit: int) -> list[Entry]:
+        """Return what waits, oldest first, `limit` entries at most.
 
         There is no "after this name": of two Instances written at the same time, the one that
         arrived first may appear last.
         """
-        skip = {entry.path.name for entry in in_flight}
         with os.scandir(self._incoming) as files:
-            matches = (_NAME.fullmatch(file.name) for file in files if file.name not in skip)
+            matches = (_NAME.fullmatch(file.name) for file in files)
             ours = (match for match in matches if match)
             oldest = heapq.nsmallest(limit, ours, key=lambda match: match[0])
         return [self._entry(match) for match in oldest]

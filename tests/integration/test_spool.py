@@ -80,11 +80,6 @@ def test_order_holds_when_the_clock_is_set_back(spool, monkeypatch):
     assert spool.pending(10) == put
 
 
-def test_pending_leaves_out_what_is_in_flight(spool):
-    first, second, third = (spool.put(b"", A) for _ in range(3))
-    assert spool.pending(2, in_flight={first}) == [second, third]
-
-
 def test_foreign_names_are_neither_listed_nor_deleted(spool):
     names = ["README", "1-1-abc.dcm", f"{'1' * 20}-000001-{A}.dcm.bak", f"{'1' * 20}-000001-{A}.x"]
     for name in names:
