@@ -1,0 +1,131 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import ingest
+from benchmarks.ingest import DCMTK, ORTHANC, OURS, PYNETDICOM, WHOLE, Figures, Key
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def _sender() -> None:
+    if ingest.dcmtk("storescu") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("CI=true and DCMTK is not installed")
+        pytest.skip("DCMTK is not installed")
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.ingest", "--folder", folder, *options],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_in(folder: Path) -> list[str]:
+    """Return the command lines of processes that work in a folder."""
+    commands = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    return [" ".join(command) for command in commands if str(folder) in " ".join(command)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_sender")
+def test_every_receiver_takes_and_ours_scores_what_ingest_sends(tmp_path):
+    with start(tmp_path, "--quick", "--json", "--slices", "4", "--associations", "1,2") as process:
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    assert set(result) == {"rows", "ratios", "scored"}
+    expected = [OURS, WHOLE, PYNETDICOM]
+    if f"{DCMTK} is left out" not in err:
+        expected.append(DCMTK)
+    if f"{ORTHANC} is left out" not in err:
+        expected.append(ORTHANC)
+    rows = {(r["receiver"], r["associations"], r["nagle"]): r for r in result["rows"]}
+    assert len(rows) == len(result["rows"])
+    assert set(rows) == {(r, n, nagle) for r in expected for n in (1, 2) for nagle in (False, True)}
+    for row in rows.values():
+        assert set(row) == {
+            "receiver",
+            "associations",
+            "nagle",
+            "slices_per_s",
+            "cpu_ms_per_slice",
+            "ack_p50_ms",
+            "ack_p99_ms",
+        }
+        assert row["slices_per_s"] > 0
+        assert row["cpu_ms_per_slice"] >= 0  # the kernel counts in steps of 10 ms
+        assert 0 < row["ack_p50_ms"] <= row["ack_p99_ms"]
+    assert [row["associations"] for row in result["scored"]] == [1, 2]
+    assert all(set(row) == {"associations", "slices_per_s"} for row in result["scored"])
+    assert all(row["slices_per_s"] > 0 for row in result["scored"])
+    ratios = result["ratios"]
+    assert {name for name, ratio in ratios.items() if ratio is None} >= {"orthanc_4", "storescp_4"}
+    assert (ratios["orthanc_1"] is not None) == (ORTHANC in expected)
+    assert (ratios["scored_vs_orthanc"] is not None) == (ORTHANC in expected)
+    assert (ratios["storescp_1"] is not None) == (DCMTK in expected)
+    assert (ratios["nagle_storescp"] is not None) == (DCMTK in expected)
+    assert left_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_sender")
+def test_ingest_leaves_nothing_behind_when_it_is_stopped(tmp_path):
+    with start(tmp_path, "--quick", "--slices", "4") as process:
+        deadline = time.monotonic() + 120
+        while not any("node.toml" in command for command in left_in(tmp_path)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert left_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_divides_ours_by_theirs():
+    rates = {
+        Key(OURS, 1, False): 400,
+        Key(OURS, 4, False): 600,
+        Key(OURS, 1, True): 300,
+        Key(WHOLE, 4, False): 500,
+        Key(WHOLE, 4, True): 500,
+        Key(ORTHANC, 1, False): 200,
+        Key(ORTHANC, 4, False): 100,
+        Key(DCMTK, 1, True): 20,
+        Key(DCMTK, 4, False): 800,
+    }
+    figures = {key: Figures([rate], [], [2.0], [1.0, 3.0]) for key, rate in rates.items()}
+    figures[Key(WHOLE, 4, False)].scored_per_s.append(50)
+    figures[Key(WHOLE, 4, True)].scored_per_s.append(7)
+    result = ingest.summary(figures)
+    assert result["ratios"] == {
+        "orthanc_1": 2.0,
+        "orthanc_4": 6.0,
+        "storescp_1": None,
+        "storescp_4": 0.75,
+        "nagle_storescp": 15.0,
+        "scored_vs_orthanc": 0.5,
+    }
+    assert result["scored"] == [{"associations": 4, "slices_per_s": 50.0}]
+
+
+@pytest.mark.usefixtures("_sender")
+def test_the_sender_of_ingest_is_that_of_dcmtk_and_not_of_pynetdicom():
+    beside_us = shutil.which("storescu", path=str(Path(sys.executable).parent))
+    assert ingest.dcmtk("storescu") != beside_us
