@@ -86,6 +86,8 @@ def main() -> None:
     dicomnode score FOLDER                  score files, without a node
     dicomnode serve --config node.toml      run the node
     """
+    # What pydicom warns of quotes values of the data set: whatever the command, it stays silent.
+    log.setup("WARNING", json=False)
 
 
 @main.command()
@@ -183,7 +185,6 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     from dicomnode import backfill, dicomio
 
     settings = configuration.load(_config_path(config))
-    log.setup("WARNING", json=False)
     total = sum(1 for _ in dicomio.find(list(paths)))
     with _progress("importing", total) as advance:
         summary = backfill.run(list(paths), settings, advance)

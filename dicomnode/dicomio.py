@@ -42,8 +42,10 @@ def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
         return ds
     except InvalidDicomError as exc:
         raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
-    except OSError:
-        raise
+    except OSError as exc:
+        if exc.errno is not None:  # the disk's; pydicom's own, of a broken sequence, has none
+            raise
+        raise CorruptObject("breaks off within a sequence") from exc
     except Exception as exc:  # pydicom raises whatever its parsers meet: 8 types in 355 bad files
         raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
 

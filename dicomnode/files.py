@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import threadpoolctl
 
@@ -20,7 +21,9 @@ from dicomnode.model import (
     ScoredSlice,
     SliceHeader,
 )
-from dicomnode.node.score import Scorer
+
+if TYPE_CHECKING:
+    from dicomnode.node.score import Scorer  # with torch, which reading an answer does not need
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class ScoredFiles:
 
 
 def score(
-    paths: Sequence[Path], scorer: Scorer, progress: Callable[[int], None] = lambda n: None
+    paths: Sequence[Path], scorer: "Scorer", progress: Callable[[int], None] = lambda n: None
 ) -> ScoredFiles:
     """Return the curve of every Series under the paths, any depth, any order."""
     headers: dict[str, SliceHeader] = {}
@@ -110,7 +113,7 @@ def best_offset(
 
 
 def _outcome(
-    series_uid: str, slices: list[ScoredSlice], aside: Counter[str], scorer: Scorer
+    series_uid: str, slices: list[ScoredSlice], aside: Counter[str], scorer: "Scorer"
 ) -> ScoreCurve | Refusal:
     if not slices:
         return Refusal(series_uid, Reason(aside.most_common(1)[0][0]))

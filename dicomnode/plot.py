@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.figure
 import numpy as np
 import plotext
 
 from dicomnode.model import Floats, Offset, ScoreCurve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIXED, MOVING = "#1f6feb", "#d1570c"
 
@@ -31,7 +34,7 @@ def pair_text(
 
 def curve_png(curves: Sequence[ScoreCurve], path: Path) -> None:
     """Write body height over position of each curve, with its fitted line, after Figure 1."""
-    figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
+    figure = _figure(7, 5)
     axes = figure.subplots()
     for curve in curves:
         quality = curve.quality
@@ -55,7 +58,7 @@ def curve_png(curves: Sequence[ScoreCurve], path: Path) -> None:
 
 def pair_png(fixed: ScoreCurve, moving: ScoreCurve, offset: Offset, path: Path) -> None:
     """Write both curves before and after alignment, after Figure 2."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
+    figure = _figure(10, 4.5)
     before, after = figure.subplots(1, 2, sharey=True)
     shift = offset.offset_mm or 0.0
     for axes, dz, title in (
@@ -74,6 +77,12 @@ def pair_png(fixed: ScoreCurve, moving: ScoreCurve, offset: Offset, path: Path) 
         axes.legend(fontsize=8)
     before.set_ylabel("body height, mm")
     figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # half a second that a terminal plot does not need
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _title(series_uid: str) -> str:

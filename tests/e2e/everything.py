@@ -148,7 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="dicomnode-all-") as folder, ExitStack() as resources:
         node = start(Path(folder), options.sender, resources)
         began = time.monotonic()
-        send(node, options.sender, sent, resources)
+        try:
+            send(node, options.sender, sent, resources)
+        except BaseException:
+            print(node.log_text()[-5000:], file=sys.stderr)
+            raise
         print(f"sent after {time.monotonic() - began:.0f} s", file=sys.stderr)
         rows = wait(node, sent, DEADLINE_S)
         print(f"finished after {time.monotonic() - began:.0f} s", file=sys.stderr)
