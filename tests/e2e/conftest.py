@@ -653,6 +653,8 @@ def orthanc(
         "StableAge": stable_age_s,
         "ConcurrentJobs": 2,
         "JobsHistorySize": 1000,
+        "SaveJobs": False,
+        "SyncStorageArea": False,
         "LuaScripts": [str(folder / "forward.lua")],
     }
     (folder / "orthanc.json").write_text(json.dumps(settings))
@@ -660,6 +662,7 @@ def orthanc(
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             [*prefix, "Orthanc", str(folder / "orthanc.json")],
+            env={**os.environ, "TCP_NODELAY": "1"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

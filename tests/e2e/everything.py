@@ -83,7 +83,8 @@ def commands(sender: str, port: int, sent: Sequence[Folder]) -> Iterator[list[st
     if sender == "dcmsend":
         yield dcmsend(port, *paths)
     elif sender == "orthanc":  # a later -aec counts
-        yield dcmsend(port, *paths, options=["-aec", "ORTHANC"])
+        # Orthanc delays its acknowledgements: without Nagle's algorithm nobody waits for them.
+        yield ["env", "TCP_NODELAY=1", *dcmsend(port, *paths, options=["-aec", "ORTHANC"])]
     else:
         by_syntax: dict[str, list[Path]] = defaultdict(list)
         for folder in sent:
