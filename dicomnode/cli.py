@@ -6,6 +6,7 @@ or refused; 2: wrong usage or setting.
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -441,7 +442,9 @@ def current(config: Path | None) -> None:
 
 
 def _stop_at_eof(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock, held by this thread, is fatal to an interpreter that ends.
+    while os.read(0, 4096):
+        pass
     stop.set()
 
 
