@@ -56,21 +56,18 @@ def score_series(
 
 
 def align(
-    fixed: ScoreCurve | Sequence[ScoreCurve],
-    moving: ScoreCurve | Sequence[ScoreCurve],
+    fixed: ScoreCurve | Sequence[ScoreCurve | Refusal],
+    moving: ScoreCurve | Sequence[ScoreCurve | Refusal],
     method: Method | str = Method.L1,
 ) -> Offset | None:
     """Return the offset of moving onto fixed, the best pair of several; None of no pair.
 
-    `z_fixed = z_moving + offset_mm` for the same anatomy.
+    `z_fixed = z_moving + offset_mm` for the same anatomy. Takes what `score_series` gives:
+    Series without a curve are passed over.
     """
     from dicomnode import files
 
-    best = files.best_offset(
-        [fixed] if isinstance(fixed, ScoreCurve) else fixed,
-        [moving] if isinstance(moving, ScoreCurve) else moving,
-        Method(method),
-    )
+    best = files.best_offset(_curves(fixed), _curves(moving), Method(method))
     return None if best is None else best[2]
 
 
@@ -92,3 +89,8 @@ def to_sitk_transform(offset: Offset) -> "SimpleITK.TranslationTransform":
     from dicomnode.objects import transform
 
     return transform.to_sitk_transform(offset)
+
+
+def _curves(given: ScoreCurve | Sequence[ScoreCurve | Refusal]) -> list[ScoreCurve]:
+    members = [given] if isinstance(given, ScoreCurve) else given
+    return [c for c in members if isinstance(c, ScoreCurve)]
