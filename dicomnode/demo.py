@@ -34,6 +34,8 @@ MATRIX = 256
 TOLERANCE_MM = 10.0
 START_S = 60.0
 DEADLINE_S = 300.0
+SEND_TRIES = 5
+SEND_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,25 +141,43 @@ def _scan(seed: int, body: phantom.PhantomPatient, at: Timepoint) -> Study:
 
 
 def send(slices: tuple[Dataset, ...], port: int) -> None:
-    """Store the Instances over one association.
+    """Store the Instances, and send again what was not answered: a repeat does no harm.
+
+    Under load pynetdicom's own thread now and then takes a response from its caller, who then
+    waits for it in vain; the node has the Instance all the same.
 
     Raises
     ------
     NodeError
         If the node does not accept the association, or an Instance.
     """
+    waiting = list(slices)
+    for _ in range(SEND_TRIES):
+        waiting = _send(waiting, port)
+        if not waiting:
+            return
+    raise NodeError(f"{len(waiting)} Instances were not answered")
+
+
+def _send(slices: list[Dataset], port: int) -> list[Dataset]:
+    """Store over one association, and return what is left when it breaks off."""
     ae = AE("DEMO")
+    ae.dimse_timeout = SEND_TIMEOUT_S
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     assoc = ae.associate("127.0.0.1", port, ae_title="DICOMNODE")
     if not assoc.is_established:
         raise NodeError("the node did not accept an association")
     try:
-        for ds in slices:
-            status = assoc.send_c_store(ds)
-            if status.get("Status") != 0x0000:
-                raise NodeError(f"C-STORE was answered {status.get('Status')}")
+        for i, ds in enumerate(slices):
+            status = assoc.send_c_store(ds).get("Status")
+            if status is None:
+                return slices[i:]
+            if status != 0x0000:
+                raise NodeError(f"C-STORE was answered 0x{status:04X}")
     finally:
-        assoc.release()
+        if assoc.is_established:
+            assoc.release()
+    return []
 
 
 def _show(engine: Engine, port: int, process: subprocess.Popen[bytes]) -> int:
