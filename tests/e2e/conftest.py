@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,13 +21,11 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
-import psycopg
 import pytest
-from psycopg import sql
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pynetdicom import AE, Association, evt
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
 from dicomnode.core import phantom
@@ -328,9 +325,16 @@ lost_seconds = {self._lost_seconds}
 
 
 @contextlib.contextmanager
-def running_node(folder: Path, database_url: str | None = None, **options: Any) -> Iterator[Node]:
+def running_node(
+    folder: Path,
+    database_url: str | None = None,
+    *,
+    tracebacks_of: frozenset[str] = frozenset(),
+    **options: Any,
+) -> Iterator[Node]:
     """Give a node that is up; at the end it must stop with status 0 and a clean log."""
     node = Node(folder, database_url, **options)
+    node.tracebacks_of = set(tracebacks_of)
     try:
         node.start()
         yield node
@@ -367,20 +371,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def postgres_database(server: str) -> Iterator[str]:
-    """Give the URL of an empty Postgres database."""
-    name = f"test_{uuid.uuid4().hex[:16]}"
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    try:
-        yield make_url(server).set(database=name).render_as_string(hide_password=False)
-    finally:
-        with psycopg.connect(server, autocommit=True) as connection:
-            drop = sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name))
-            connection.execute(drop)
 
 
 @pytest.fixture(autouse=True)

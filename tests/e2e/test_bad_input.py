@@ -26,13 +26,13 @@ from sqlalchemy import make_url
 
 from dicomnode import store
 from dicomnode.model import Reason, SeriesState
+from tests.conftest import postgres_database
 from tests.dicom import ct_dataset, part10
 from tests.e2e.conftest import (
     CT,
     Node,
     association,
     eventually,
-    postgres_database,
     running_node,
     save,
     scan,

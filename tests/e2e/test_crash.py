@@ -16,7 +16,15 @@ from pydicom.dataset import Dataset
 from pynetdicom import Association
 
 from dicomnode.model import SeriesState
-from tests.e2e.conftest import DEADLINE_S, Node, Scan, association, eventually, scan
+from tests.e2e.conftest import (
+    DEADLINE_S,
+    Node,
+    Scan,
+    association,
+    eventually,
+    running_node,
+    scan,
+)
 
 # pynetdicom leaves sockets of associations that the peer broke off to the garbage collector.
 pytestmark = [
@@ -75,15 +83,10 @@ class Senders:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    node = Node(tmp_path / "node")
-    node.tracebacks_of = {"pynetdicom.dul"}  # of senders that are cut off when they stop sending
-    try:
-        node.start()
+    # pynetdicom prints one of senders that are cut off when they stop sending.
+    dul = frozenset({"pynetdicom.dul"})
+    with running_node(tmp_path / "node", tracebacks_of=dul) as node:
         yield node
-        assert node.stop() == 0
-        node.check_log()
-    finally:
-        node.close()
 
 
 @pytest.mark.parametrize("part", ["receiver", "worker", "supervisor"])

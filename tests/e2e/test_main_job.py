@@ -278,7 +278,7 @@ def pair(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return made
 
 
-def status(result: subprocess.CompletedProcess, expected: int) -> None:
+def assert_status(result: subprocess.CompletedProcess, expected: int) -> None:
     assert result.returncode == expected, f"{result.stdout}\n{result.stderr}"
     assert "Traceback" not in result.stderr
 
@@ -294,16 +294,16 @@ def test_series_lists_by_patient_study_and_state(node, pair):
     assert {r["series_uid"] for r in rows} == {pair.fixed.series_uid, pair.moving.series_uid}
     assert {r["patient_id"] for r in rows} == {patient}
     table = node.cli("series", "--state", "curve", "--study", pair.fixed.study_uid)
-    status(table, 0)
+    assert_status(table, 0)
     assert pair.fixed.series_uid in table.stdout
-    status(node.cli("series", "--study", generate_uid()), 1)
-    status(node.cli("series", "--state", "bogus"), 2)
+    assert_status(node.cli("series", "--study", generate_uid()), 1)
+    assert_status(node.cli("series", "--state", "bogus"), 2)
 
 
 def test_curve_writes_json_csv_and_png(node, pair, tmp_path):
     uid = pair.fixed.series_uid
     text = node.cli("curve", uid)
-    status(text, 0)
+    assert_status(text, 0)
     assert "body height" in text.stdout
     curve = node.json("curve", uid, "--csv", tmp_path / "c.csv", "--png", tmp_path / "c.png")
     assert curve["series_uid"] == uid
@@ -317,8 +317,8 @@ def test_curve_writes_json_csv_and_png(node, pair, tmp_path):
     assert [float(r["z_mm"]) for r in rows] == z_mm
     assert {r["series_uid"] for r in rows} == {uid}
     assert_png(tmp_path / "c.png")
-    status(node.cli("curve", generate_uid()), 1)
-    status(node.cli("curve"), 2)
+    assert_status(node.cli("curve", generate_uid()), 1)
+    assert_status(node.cli("curve"), 2)
 
 
 def test_offset_writes_a_transform_that_itk_reads(node, pair, tmp_path):
@@ -333,24 +333,24 @@ def test_offset_writes_a_transform_that_itk_reads(node, pair, tmp_path):
     assert z == pytest.approx(3.0 - answer["offset_mm"], abs=1e-3)
     assert_png(tmp_path / "o.png")
     text = node.cli("offset", pair.fixed.study_uid, pair.moving.study_uid)
-    status(text, 0)
+    assert_status(text, 0)
     assert f"{answer['offset_mm']:+.1f} mm" in text.stdout
     fast = offset(node, pair.fixed, pair.moving, "--method", "fast")
     assert fast["method"] == "fast"
 
 
 def test_offset_of_what_is_not_there(node, pair):
-    status(node.cli("offset", pair.fixed.study_uid, generate_uid()), 1)
-    status(node.cli("offset", pair.fixed.study_uid), 2)
+    assert_status(node.cli("offset", pair.fixed.study_uid, generate_uid()), 1)
+    assert_status(node.cli("offset", pair.fixed.study_uid), 2)
     studies = (pair.fixed.study_uid, pair.moving.study_uid)
-    status(node.cli("offset", *studies, "--method", "bogus"), 2)
+    assert_status(node.cli("offset", *studies, "--method", "bogus"), 2)
 
 
 def test_align_gives_the_offset_between_two_folders(pair, tmp_path):
     folders = (pair.folder / "fixed", pair.folder / "moving")
     written = ("--transform", tmp_path / "t.tfm", "--png", tmp_path / "a.png")
     result = cli("align", *folders, "--json", *written, cwd=tmp_path)
-    status(result, 0)
+    assert_status(result, 0)
     answer = json.loads(result.stdout)
     assert abs(answer["offset_mm"] - (55.0 + 120.0)) <= TOLERANCE_MM
     assert answer["fixed"] == {
@@ -364,14 +364,14 @@ def test_align_gives_the_offset_between_two_folders(pair, tmp_path):
 
 def test_align_without_two_curves(pair, tmp_path):
     (tmp_path / "empty").mkdir()
-    status(cli("align", pair.folder / "fixed", tmp_path / "empty", cwd=tmp_path), 1)
-    status(cli("align", pair.folder / "fixed", tmp_path / "missing", cwd=tmp_path), 2)
+    assert_status(cli("align", pair.folder / "fixed", tmp_path / "empty", cwd=tmp_path), 1)
+    assert_status(cli("align", pair.folder / "fixed", tmp_path / "missing", cwd=tmp_path), 2)
 
 
 def test_score_writes_json_csv_and_png_and_agrees_with_the_node(node, pair, tmp_path):
     written = ("--csv", tmp_path / "s.csv", "--png", tmp_path / "s.png")
     result = cli("score", pair.folder, "--json", *written, cwd=tmp_path)
-    status(result, 0)
+    assert_status(result, 0)
     scored = {s["series_uid"]: s for s in json.loads(result.stdout)}
     assert scored.keys() == {pair.fixed.series_uid, pair.moving.series_uid}
     for made in (pair.fixed, pair.moving):
@@ -399,10 +399,10 @@ def test_score_of_what_is_no_ct(pair, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("no image")
     result = cli("score", tmp_path / "other", cwd=tmp_path)
-    status(result, 1)
+    assert_status(result, 1)
     assert "1 files not read: not_dicom" in result.stderr
-    status(cli("score", tmp_path / "missing", cwd=tmp_path), 2)
-    status(cli("score", cwd=tmp_path), 2)
+    assert_status(cli("score", tmp_path / "missing", cwd=tmp_path), 2)
+    assert_status(cli("score", cwd=tmp_path), 2)
 
 
 def test_import_without_a_node_does_the_work_itself(tmp_path):
@@ -412,17 +412,17 @@ def test_import_without_a_node_does_the_work_itself(tmp_path):
     alone = Node(tmp_path / "alone")
     try:
         result = alone.cli("import", tmp_path / "archive")
-        status(result, 0)
+        assert_status(result, 0)
         assert f"{len(made.slices)} files taken" in result.stderr
         assert "1 files skipped: no DICOM" in result.stderr
         assert "1 curves" in result.stderr
         (row,) = alone.json("series")
         assert (row["state"], row["scored"]) == ("curve", len(made.slices))
-        status(alone.cli("import", tmp_path / "archive"), 0)  # a repeat does no harm
+        assert_status(alone.cli("import", tmp_path / "archive"), 0)  # a repeat does no harm
         (row,) = alone.json("series")
         assert row["revision"] == 1
-        status(alone.cli("import", tmp_path / "missing"), 2)
-        status(alone.cli("import"), 2)
+        assert_status(alone.cli("import", tmp_path / "missing"), 2)
+        assert_status(alone.cli("import"), 2)
         assert not alone.spool.pending(1)
     finally:
         alone.close()
@@ -432,7 +432,7 @@ def test_import_beside_a_running_node_feeds_it(node, tmp_path):
     prior = small(node, "import", when=datetime(2022, 1, 1))
     made = scan(patient_id="CANARY-ID-import", table_mm=70.0)
     result = node.cli("import", save(made.slices, tmp_path / "archive"))
-    status(result, 0)
+    assert_status(result, 0)
     assert f"{len(made.slices)} files taken" in result.stderr
     # When the command is over, so is the work.
     assert node.curve_uids(made.series_uid) == made.uids
@@ -442,13 +442,13 @@ def test_import_beside_a_running_node_feeds_it(node, tmp_path):
 def test_check_tries_everything_and_says_what_failed(node, tmp_path):
     good = node.write_config(tmp_path / "good.toml", {"DICOMNODE": node.port})
     result = node.cli("check", config=good)
-    status(result, 0)
+    assert_status(result, 0)
     assert "series.quiet_seconds = 1.0" in result.stdout
     for name in ("spool", "database", "weights", "device", "peer DICOMNODE"):
         assert f"ok   {name}: " in result.stdout
     bad = node.write_config(tmp_path / "bad.toml", {"DICOMNODE": node.port, "GONE": free_port()})
     result = node.cli("check", "--json", config=bad)
-    status(result, 1)
+    assert_status(result, 1)
     answer = json.loads(result.stdout)
     assert [c["name"] for c in answer["checks"] if not c["ok"]] == ["peer GONE"]
     assert answer["settings"]["node"]["port"] == node.port
@@ -459,49 +459,49 @@ def test_a_wrong_setting_stops_every_command(node, tmp_path):
     wrong.write_text("[node]\nprot = 11112\n")
     for arguments in (["check"], ["serve"], ["series"], ["db", "current"], ["import", tmp_path]):
         result = node.cli(*arguments, config=wrong)
-        status(result, 2)
+        assert_status(result, 2)
         assert "node.prot: no such setting" in result.stderr
 
 
 def test_serve_says_which_setting_is_wrong(node, tmp_path):
     nobody = node.write_config(tmp_path / "nobody.toml", {})
     result = node.cli("serve", "--only", "receive", config=nobody)
-    status(result, 2)
+    assert_status(result, 2)
     assert "node.peers: nobody may send" in result.stderr
     taken = Node(tmp_path / "taken", port=node.port)
     result = taken.cli("serve", seconds=90)  # the whole node; it waits a while for the port
-    status(result, 2)
+    assert_status(result, 2)
     assert "Address already in use" in result.stderr
 
 
 def test_db_current_and_upgrade(tmp_path, database_url):
     empty = Node(tmp_path / "empty", database_url)
     result = empty.cli("db", "current")
-    status(result, 1)
+    assert_status(result, 1)
     assert result.stdout.startswith("empty (this version needs ")
     head = result.stdout.split("needs ")[1].strip(")\n")
     result = empty.cli("series")  # a reader does not make a database by itself
-    status(result, 2)
+    assert_status(result, 2)
     assert "dicomnode db upgrade" in result.stderr
     for _ in range(2):
         result = empty.cli("db", "upgrade")
-        status(result, 0)
+        assert_status(result, 0)
         assert result.stdout.strip() == head
     result = empty.cli("db", "current")
-    status(result, 0)
+    assert_status(result, 0)
     assert result.stdout.startswith(f"{head} (this version needs {head})")
-    status(empty.cli("series"), 1)  # no Series yet
+    assert_status(empty.cli("series"), 1)  # no Series yet
     empty.close()
 
 
 def test_a_database_of_a_later_version_is_left_alone(tmp_path, database_url):
     later = Node(tmp_path / "later", database_url)
-    status(later.cli("db", "upgrade"), 0)
+    assert_status(later.cli("db", "upgrade"), 0)
     with later.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     for arguments in (["db", "upgrade"], ["series"], ["serve", "--only", "work"]):
         result = later.cli(*arguments)
-        status(result, 2)
+        assert_status(result, 2)
         assert "newer" in result.stderr
     later.close()
 

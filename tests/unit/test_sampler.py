@@ -12,7 +12,7 @@ from dicomnode.core.preprocess import PreprocessSpec
 from training import sampler
 from training.bank import Bank, BankSeries
 from training.sampler import Augmentation, Share, StackSampler
-from training.train import TrainConfig, train
+from training.train import TrainConfig, load, train
 
 ALL = [Share("*", 1.0)]
 SHARES = (Share("b", 2.0), Share("*", 1.0))
@@ -206,6 +206,8 @@ def bank_without_b() -> Bank:
 def test_no_slice_of_a_patient_held_out_is_drawn_in_training(bank_without_b, tmp_path):
     # 24 stacks, of which "b" has two in three: left in, it is not missed.
     train(bank_without_b, config(held_out=("b",), shares=SHARES), tmp_path)
+    _, trained, steps = load(tmp_path)
+    assert (trained.held_out, steps) == (("b",), 3)
 
 
 def test_a_patient_not_held_out_is_drawn_in_training(bank_without_b, tmp_path):
