@@ -1,25 +1,55 @@
-"""`python -m training`: index, train, evaluate, calibrate, export."""
+"""`python -m training`: index, train, evaluate, calibrate, export, compare."""
 
+# What needs torch is imported inside the commands that use it: the processes of `index`
+# import this module, and there may be one for each core.
 import json
-from dataclasses import asdict, replace
+import os
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from dicomnode.core.curve import HeightMap
-from training import archive, calibrate, evaluate, export, train
+from dicomnode.errors import NodeError
+from training import archive, fill, workers
 from training import bank as banks
+from training.durable import write_json
+
+if TYPE_CHECKING:
+    from training.train import TrainConfig
 
 _path = click.Path(path_type=Path)
 _existing = click.Path(exists=True, path_type=Path)
 _bank_option = click.option("--bank", required=True, type=_existing, help="Folder of a slice bank.")
 _run_option = click.option("--run", required=True, type=_path, help="Folder of a training run.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Imports `train`, a command of its own that needs no rich, when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "train"])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name == "train":
+            from training import train
+
+            return train.main
+        return super().get_command(ctx, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (NodeError, ValueError) as exc:
+            raise click.ClickException(str(exc)) from exc
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Build the body-part regressor from archived studies.
 
@@ -29,6 +59,7 @@ def main() -> None:
     python -m training evaluate --bank bank --run runs/1 --out runs/1
     python -m training calibrate --bank bank --run runs/1 --zero SERIES_UID 221.5
     python -m training export --bank bank --run runs/1 --name site-1 --out my-bundle
+    python -m training compare my-bundle other-bundle --bank bank
     """
 
 
@@ -36,59 +67,87 @@ def main() -> None:
 @click.argument("archives", nargs=-1, required=True, type=_existing)
 @click.option("--bank", required=True, type=_path, help="Folder to write the slice bank to.")
 @click.option("--phantoms", default=0, show_default=True, help="Phantom patients to add.")
-@click.option("--workers", default=2, show_default=True, help="Processes that decode.")
-def index(archives: tuple[Path, ...], bank: Path, phantoms: int, workers: int) -> None:
-    """Walk folders of DICOM and write every slice fit for training to a bank."""
-    with _progress() as bar:
+@click.option(
+    "--workers",
+    "count",
+    default=os.cpu_count() or 1,
+    show_default="one a core",
+    type=click.IntRange(1),
+    help="Processes that read headers and decode.",
+)
+@click.option(
+    "--ray", "ray", metavar="ADDRESS", help='Work on this Ray cluster instead; "local" starts one.'
+)
+@_json_option
+def index(
+    archives: tuple[Path, ...],
+    bank: Path,
+    phantoms: int,
+    count: int,
+    ray: str | None,
+    as_json: bool,
+) -> None:
+    """Walk folders of DICOM and write every slice fit for training to a bank.
+
+    The bank then holds what these folders hold. Killed, or run again when studies have come or
+    gone, it does only what is left to do.
+
+    \b
+    Example: python -m training index /archive/2023 /archive/2024 --bank bank
+    """
+    started = time.perf_counter()
+    bank.mkdir(parents=True, exist_ok=True)
+    with workers.opened(count, ray) as spread, _progress() as bar:
         task = bar.add_task("reading headers", total=None)
-        found = archive.index(archives, lambda n: bar.advance(task, n))
-        total = sum(len(s.z_mm) for s in found.series)
-        task = bar.add_task("decoding slices", total=total or None)
-        banks.build(
-            bank,
-            found.series,
-            phantoms=phantoms,
-            workers=workers,
+        found = archive.index(
+            archives,
+            spread=spread,
+            cache=bank / "headers.jsonl",
             progress=lambda n: bar.advance(task, n),
         )
-    patients = len({s.patient for s in found.series})
-    click.echo(f"{len(found.series)} series of {patients} patients, {total} slices")
-    for reason, count in found.refused.most_common():
-        click.echo(f"refused, {reason}: {count}")
+        bar.update(task, total=found.files)
+        total = sum(len(s.z_mm) for s in found.series)
+        decoding = bar.add_task("decoding slices", total=total or None)
+        try:
+            filled = fill.build(
+                bank,
+                found.series,
+                phantoms=phantoms,
+                spread=spread,
+                progress=lambda n: bar.advance(decoding, n),
+            )
+        except BlockingIOError as exc:
+            raise click.ClickException(f"another process fills {bank}") from exc
+    taken = [s for s in filled.bank.series if not s.patient.startswith(banks.PHANTOM_PREFIX)]
+    refused = found.refused
+    summary = {
+        "archives": [str(a) for a in archives],
+        "files": found.files,
+        "patients": len({s.patient for s in taken}),
+        "series": len(taken),
+        "slices": sum(len(s.z_mm) for s in taken),
+        "phantoms": phantoms,
+        "decoded_series": filled.decoded,  # by this run; the others were in the bank
+        "refused": {
+            "files": dict(refused.files.most_common()),
+            "series": dict((refused.series + filled.refused_series).most_common()),
+            "slices": dict((refused.slices + filled.refused_slices).most_common()),
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(bank / "index.json", summary)
+    click.echo(json.dumps(summary, indent=1) if as_json else _summary_text(summary))
 
 
-@main.command("train")
-@_bank_option
-@_run_option
-@click.option("--config", required=True, type=_existing, help="TOML file of the run.")
-@click.option("--held-out", multiple=True, help="A patient to keep out of training.")
-@click.option("--steps", type=int, help="In place of the config's.")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=int, help="CPU threads.")
-def train_(
-    bank: Path,
-    run: Path,
-    config: Path,
-    held_out: tuple[str, ...],
-    steps: int | None,
-    device: str,
-    threads: int | None,
-) -> None:
-    """Train, or go on where a run stopped."""
-    settings = train.TrainConfig.from_toml(config)
-    settings = replace(settings, held_out=held_out or settings.held_out)
-    settings = replace(settings, steps=steps or settings.steps)
-    if threads:
-        torch.set_num_threads(threads)
-    with _progress() as bar:
-        task = bar.add_task("training", total=settings.steps)
-
-        def report(p: train.Progress) -> None:
-            terms = "  ".join(f"{k} {v:.4f}" for k, v in p.loss.items())
-            bar.update(task, completed=p.step)
-            bar.console.print(f"step {p.step}  {terms}  {p.steps_per_s:.2f} steps/s")
-
-        train.train(banks.load(bank), settings, run, device=device, report=report)
+def _summary_text(summary: dict[str, Any]) -> str:
+    lines = ["{series} series of {patients} patients, {slices} slices".format(**summary)]
+    kept = summary["series"] + summary["phantoms"] - summary["decoded_series"]
+    if kept > 0:
+        lines.append(f"{kept} series were in the bank before")
+    for kind, reasons in summary["refused"].items():
+        word = "set aside" if kind == "slices" else "refused"
+        lines += [f"{word}, {reason}: {count} {kind}" for reason, count in reasons.items()]
+    return "\n".join(lines)
 
 
 @main.command("evaluate")
@@ -97,6 +156,8 @@ def train_(
 @click.option("--out", type=_path, help="Folder for evaluation.json and evaluation.md.")
 def evaluate_(bank: Path, run: Path, out: Path | None) -> None:
     """Print correlation, slope and same-patient offsets, by patients seen and unseen."""
+    from training import evaluate, train
+
     slices = banks.load(bank)
     net, config, _ = train.load(run)
     with _progress() as bar:
@@ -120,6 +181,8 @@ def evaluate_(bank: Path, run: Path, out: Path | None) -> None:
 @click.option("--patients", multiple=True, default=("*",), help="Pattern of patients that count.")
 def calibrate_(bank: Path, run: Path, zero: tuple[str, float], patients: tuple[str, ...]) -> None:
     """Fit the map of scores to body height, with 0 where the reference Series has Z_MM."""
+    from training import calibrate, evaluate, train
+
     slices = banks.load(bank)
     net, _, _ = train.load(run)
     with _progress() as bar:
@@ -139,6 +202,8 @@ def calibrate_(bank: Path, run: Path, zero: tuple[str, float], patients: tuple[s
 @click.option("--commit", default="", help="Commit of the code that trained it.")
 def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str) -> None:
     """Write a run as a weight bundle; calibrate it first."""
+    from training import export, train
+
     if not (run / "heights.json").exists():
         raise click.ClickException(f"{run} is not calibrated: python -m training calibrate")
     _, config, _ = train.load(run)
@@ -148,7 +213,7 @@ def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str)
     )
 
 
-def _heights(run: Path, config: train.TrainConfig) -> HeightMap:
+def _heights(run: Path, config: "TrainConfig") -> HeightMap:
     path = run / "heights.json"
     if path.exists():
         return HeightMap(**json.loads(path.read_text()))
@@ -162,7 +227,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=False,
+        disable=not console.is_terminal,
     )
 
 

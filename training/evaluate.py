@@ -3,18 +3,16 @@
 Reads a bank, gives figures by Series; Markdown and JSON for the model card.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 
 from dicomnode.core import align, curve
 from dicomnode.core.curve import HeightMap
-from dicomnode.core.network import Regressor
 from dicomnode.model import Floats, Method, ScoreCurve
 from training.bank import Bank, BankSeries
+from training.validate import score_bank as score_bank
 
 MODEL = "evaluated"
 
@@ -45,20 +43,6 @@ class PairFigures:
     same_study: bool
     l1_mm: float | None
     fast_mm: float | None
-
-
-def score_bank(
-    net: Regressor, bank: Bank, *, batch: int = 64, progress: Callable[[int], None] = lambda n: None
-) -> dict[str, Floats]:
-    """Return Series Instance UID -> scores, feet to head, of every Series of the bank."""
-    scores = {}
-    for s in bank.series:
-        x = torch.from_numpy(np.array(bank.inputs(s)))[:, None]
-        with torch.inference_mode():
-            out = torch.cat([net(part) for part in torch.split(x, batch)])
-        scores[s.series_uid] = out.double().numpy()
-        progress(len(x))
-    return scores
 
 
 def series_figures(

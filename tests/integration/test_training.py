@@ -17,10 +17,11 @@ from dicomnode import dicomio, weights
 from dicomnode.core import curve, network, phantom
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.network import NetworkConfig
+from dicomnode.errors import ConfigError
 from dicomnode.model import PatientKey
 from dicomnode.node.score import Scorer
 from tests.dicom import ct_dataset, part10
-from training import archive, calibrate, evaluate, export, losses, train
+from training import archive, calibrate, evaluate, export, fill, losses, train
 from training import bank as banks
 from training.__main__ import main
 from training.bank import Bank
@@ -122,7 +123,7 @@ def index(folder) -> archive.Index:
 @pytest.fixture(scope="module")
 def bank_folder(tmp_path_factory, index) -> Path:
     built = tmp_path_factory.mktemp("bank")
-    banks.build(built, index.series, phantoms=1, workers=1)
+    fill.build(built, index.series, phantoms=1)
     return built
 
 
@@ -150,19 +151,21 @@ def test_an_index_orders_files_from_feet_to_head(index):
 
 
 def test_an_index_counts_what_it_refused(index):
-    assert index.refused == {
+    assert index.refused.files == {"not_dicom": 2}
+    assert index.refused.series == {
         "localizer": 1,
         "not_ct_image": 1,
         "too_few_positions": 1,
         "too_short": 1,
         "no_geometry": 1,
-        "not_dicom": 2,
     }
+    assert index.refused.slices == {"localizer": 1}
+    assert index.files == 4 * 40 + 1 + 3 + 3 + 5 + 12 + 3 + 2
 
 
 def test_an_index_tells_of_each_file(folder):
     seen: list[int] = []
-    archive.index([folder / "more"], seen.append)
+    archive.index([folder / "more"], progress=seen.append)
     assert seen == [1] * (1 + 3 + 3 + 5 + 12 + 3 + 1)
 
 
@@ -188,7 +191,7 @@ def test_a_bank_ends_with_its_phantoms(bank):
 
 
 def test_a_bank_is_loaded_as_it_was_built(tmp_path, index):
-    built = banks.build(tmp_path, index.series[:2], workers=1)
+    built = fill.build(tmp_path, index.series[:2]).bank
     loaded = banks.load(tmp_path)
     np.testing.assert_array_equal(loaded.slices, built.slices)
     assert (loaded.series, loaded.spec) == (built.series, built.spec)
@@ -210,9 +213,10 @@ def test_a_slice_whose_pixels_do_not_decode_does_not_stop_a_build(tmp_path, inde
     short = tmp_path / "short.dcm"
     short.write_bytes(damaged.paths[7].read_bytes()[:-500])
     damaged = replace(damaged, paths=(*damaged.paths[:7], short, *damaged.paths[8:]))
-    bank = banks.build(tmp_path / "bank", [damaged, sound], workers=1)
-    (kept,) = (s for s in bank.series if s.series_uid == sound.series_uid)
-    assert kept.z_mm == sound.z_mm
+    filled = fill.build(tmp_path / "bank", [damaged, sound])
+    without = (*damaged.z_mm[:7], *damaged.z_mm[8:])
+    assert [s.z_mm for s in filled.bank.series] == [without, sound.z_mm]
+    assert filled.refused_slices == {"pixel_data": 1}
 
 
 # Training
@@ -307,7 +311,7 @@ def test_a_finished_run_is_not_trained_any_further(tmp_path, bank):
 
 def test_a_run_of_another_config_is_not_gone_on_with(tmp_path, bank):
     train.train(bank, replace(CONFIG, steps=1), tmp_path)
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ConfigError, match="another config"):
         train.train(bank, replace(CONFIG, steps=1, lr=1e-4), tmp_path)
 
 
@@ -340,7 +344,10 @@ def test_the_configs_that_come_with_it_are_understood(name):
 
 def test_a_config_with_an_unknown_key_is_refused(tmp_path):
     (tmp_path / "typo.toml").write_text("stpes = 10\n")
-    with pytest.raises(TypeError, match="stpes"):
+    with pytest.raises(ConfigError, match=r"typo\.toml: unknown key stpes"):
+        TrainConfig.from_toml(tmp_path / "typo.toml")
+    (tmp_path / "typo.toml").write_text("[augmentation]\nscael = 0.1\n")
+    with pytest.raises(ConfigError, match=r"augmentation\.scael"):
         TrainConfig.from_toml(tmp_path / "typo.toml")
 
 
