@@ -58,16 +58,33 @@ def score_series(
 def align(
     fixed: ScoreCurve | Sequence[ScoreCurve | Refusal],
     moving: ScoreCurve | Sequence[ScoreCurve | Refusal],
-    method: Method | str = Method.L1,
+    method: Method | str = Method.ROBUST,
+    *,
+    model: str | Path | None = None,
 ) -> Offset | None:
     """Return the offset of moving onto fixed, the best pair of several; None of no pair.
 
     `z_fixed = z_moving + offset_mm` for the same anatomy. Takes what `score_series` gives:
-    Series without a curve are passed over.
-    """
-    from dicomnode import files
+    Series without a curve are passed over. The robust method needs to know how the bundle
+    errs: `model` is the folder of the one that scored the curves, the default one where none
+    is named.
 
-    best = files.best_offset(_curves(fixed), _curves(moving), Method(method))
+    Raises
+    ------
+    ValueError
+        If another bundle scored the curves.
+    """
+    from dicomnode import files, weights
+
+    curves = _curves(fixed), _curves(moving)
+    covariance = None
+    if Method(method) is Method.ROBUST:
+        manifest = weights.read_manifest(Path(model) if model else None)
+        covariance = weights.covariance_of(manifest)
+        digest = weights.digest(manifest)
+        if any(c.model != digest for side in curves for c in side):
+            raise ValueError("the curves are of another bundle: name its folder by `model`")
+    best = files.best_offset(*curves, Method(method), covariance)
     return None if best is None else best[2]
 
 

@@ -354,7 +354,7 @@ def offset(
 @main.command()
 @click.argument("fixed_path", type=_existing)
 @click.argument("moving_path", type=_existing)
-@click.option("--method", type=METHODS, default=Method.L1.value, show_default=True)
+@click.option("--method", type=METHODS, default=Method.ROBUST.value, show_default=True)
 @_model_option
 @_device_option
 @_json_option
@@ -375,7 +375,7 @@ def align(
     \b
     Example:  dicomnode align 2024/CT 2023/CT --png pair.png
     """
-    from dicomnode import files
+    from dicomnode import files, weights
     from dicomnode.query import PairAnswer
     from dicomnode.store import StoredOffset
 
@@ -389,7 +389,8 @@ def align(
             states = ", ".join(str(s.outcome) for s in found.series) or "no CT Series"
             _nothing(f"no curve in {path}: {states}")
     start = time.perf_counter()
-    best = files.best_offset(curves[0], curves[1], Method(method))
+    covariance = weights.covariance_of(weights.read_manifest(model))
+    best = files.best_offset(curves[0], curves[1], Method(method), covariance)
     assert best is not None  # each side has a curve
     fixed, moving, result = best
     stored = StoredOffset(

@@ -10,6 +10,7 @@ import threadpoolctl
 
 from dicomnode import dicomio
 from dicomnode.core import align, curve
+from dicomnode.core.robust import Covariance
 from dicomnode.errors import DicomError
 from dicomnode.model import (
     Method,
@@ -97,14 +98,17 @@ def score(
 
 
 def best_offset(
-    fixed: Sequence[ScoreCurve], moving: Sequence[ScoreCurve], method: Method
+    fixed: Sequence[ScoreCurve],
+    moving: Sequence[ScoreCurve],
+    method: Method,
+    covariance: Covariance | None = None,
 ) -> tuple[ScoreCurve, ScoreCurve, Offset] | None:
     """Return the pair of curves with the most trustworthy offset, None where there is no pair.
 
     `ok` before `extrapolated` before `refused`, then the longer overlap.
     """
     order = list(OffsetStatus)
-    found = [(f, m, align.align(f, m, method)) for f in fixed for m in moving]
+    found = [(f, m, align.align(f, m, method, covariance)) for f in fixed for m in moving]
     return min(
         found,
         key=lambda t: (order.index(t[2].status), -(t[2].overlap_mm or 0.0)),

@@ -96,6 +96,7 @@ class Method(StrEnum):
 
     FAST = "fast"
     L1 = "l1"
+    ROBUST = "robust"
 
 
 class OffsetStatus(StrEnum):

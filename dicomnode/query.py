@@ -8,6 +8,7 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.core import align, geometry
+from dicomnode.core.robust import Covariance
 from dicomnode.model import Floats, Method, ScoreCurve
 from dicomnode.store import SeriesRow, StoredOffset
 
@@ -67,9 +68,13 @@ def pair(
             for row in store.list_series(session, study_uid=study)
         }
         curves = store.curves_of(session, studies)
+        covariances = {
+            model: store.covariance_of(session, model)
+            for model in {c.model for c in curves.values()}
+        }
     offsets = [o for o in offsets if o.fixed_series in curves and o.moving_series in curves]
     if not offsets:
-        offsets = _compute(curves, studies, fixed_study, moving_study, method)
+        offsets = _compute(curves, covariances, studies, fixed_study, moving_study, method)
     if not offsets:
         return None
     best = offsets[0]
@@ -78,6 +83,7 @@ def pair(
 
 def _compute(
     curves: dict[str, ScoreCurve],
+    covariances: dict[str, Covariance | None],
     studies: dict[str, str],
     fixed_study: str,
     moving_study: str,
@@ -89,7 +95,8 @@ def _compute(
             if curves[f].model != curves[m].model:
                 continue
             start = datetime.now(UTC)
-            offset = align.align(curves[f], curves[m], method or Method.L1)
+            covariance = covariances[curves[f].model]
+            offset = align.align(curves[f], curves[m], method or Method.ROBUST, covariance)
             now = datetime.now(UTC)
             found.append(
                 StoredOffset(

@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from dicomnode.core import network
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.core.robust import Covariance
 from dicomnode.errors import WeightsError
 
 DEFAULT = Path(__file__).parent / "weights"
@@ -35,6 +36,7 @@ class Bundle:
     network: network.Regressor  # in eval(), on the CPU
     spec: PreprocessSpec
     heights: HeightMap
+    covariance: Covariance | None  # None: the robust method refuses
 
     @property
     def name(self) -> str:
@@ -51,10 +53,10 @@ def load(folder: Path | None = None) -> Bundle:
         If a file is missing or altered, or the bundle was made for another input.
     """
     folder = folder or DEFAULT
+    manifest = read_manifest(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
         data = (folder / WEIGHTS).read_bytes()
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
         raise WeightsError(f"no weight bundle in {folder}: {exc}") from exc
     try:
         if manifest["format"] != FORMAT:
@@ -69,9 +71,28 @@ def load(folder: Path | None = None) -> Bundle:
             network=net.eval().requires_grad_(False),
             spec=PreprocessSpec.from_dict(manifest["preprocess"]),
             heights=heights_of(manifest),
+            covariance=covariance_of(manifest),
         )
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as exc:
         raise WeightsError(f"{folder}: the manifest does not describe a bundle: {exc}") from exc
+
+
+def read_manifest(folder: Path | None = None) -> dict[str, Any]:
+    """Return the manifest of a folder, the default one where none is named; not its network.
+
+    Raises
+    ------
+    WeightsError
+        If there is none.
+    """
+    folder = folder or DEFAULT
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as exc:
+        raise WeightsError(f"no weight bundle in {folder}: {exc}") from exc
+    if not isinstance(manifest, dict):
+        raise WeightsError(f"{folder / MANIFEST} is no manifest")
+    return manifest
 
 
 def save(
@@ -82,6 +103,7 @@ def save(
     spec: PreprocessSpec,
     heights: HeightMap,
     training: dict[str, Any],
+    covariance: Covariance | None = None,
 ) -> str:
     """Write a bundle and return its digest. `training` says what the weights came from."""
     if net.config.normalised:
@@ -94,6 +116,7 @@ def save(
         "network": net.config.to_dict(),
         "preprocess": spec.to_dict(),
         "heights": asdict(heights),
+        "covariance": covariance.to_dict() if covariance else None,
         "training": training,
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -115,6 +138,18 @@ def digest(manifest: dict[str, Any]) -> str:
 def heights_of(manifest: dict[str, Any]) -> HeightMap:
     """Return the map of scores to body heights that a manifest carries."""
     return HeightMap(**manifest["heights"])
+
+
+def covariance_of(manifest: dict[str, Any]) -> Covariance | None:
+    """Return what a manifest says of the curves' errors, None where it says nothing.
+
+    Raises
+    ------
+    WeightsError
+        If it is not what this version understands.
+    """
+    values = manifest.get("covariance")
+    return None if values is None else Covariance.from_dict(values)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The offset that aligns a moving curve onto a fixed one, by the paper's two methods.
+"""The offset that aligns a moving curve onto a fixed one: the paper's two methods, and ours.
 
 `z_fixed = z_moving + offset_mm` for the same anatomy. Scores of two curves are comparable
 only when one bundle gave them.
@@ -9,11 +9,11 @@ Meine and Hering 2019, "Efficient Prealignment of CT Scans for Registration thro
 Bodypart Regressor", section 2.2.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from dicomnode.core import robust
+from dicomnode.core.robust import Covariance
 from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
 
 SPACING_MM = 1.0  # both curves are resampled to it for l1
@@ -24,8 +24,15 @@ MIN_OVERLAP_MM = 30.0
 MIN_SLOPE = 1e-6
 
 
-def align(fixed: ScoreCurve, moving: ScoreCurve, method: Method) -> Offset:
+def align(
+    fixed: ScoreCurve,
+    moving: ScoreCurve,
+    method: Method,
+    covariance: Covariance | None = None,
+) -> Offset:
     """Return the offset of moving onto fixed by the method.
+
+    `covariance` is the bundle's; the robust method refuses without one.
 
     Raises
     ------
@@ -34,7 +41,13 @@ def align(fixed: ScoreCurve, moving: ScoreCurve, method: Method) -> Offset:
     """
     if fixed.model != moving.model:
         raise ValueError(f"curves of different bundles: {fixed.model} and {moving.model}")
-    return METHODS[method](fixed, moving)
+    match method:
+        case Method.FAST:
+            return fast(fixed, moving)
+        case Method.L1:
+            return l1(fixed, moving)
+        case Method.ROBUST:
+            return robust.robust(fixed, moving, covariance)
 
 
 def fast(fixed: ScoreCurve, moving: ScoreCurve) -> Offset:
@@ -78,12 +91,6 @@ def l1(fixed: ScoreCurve, moving: ScoreCurve) -> Offset:
         offset_mm=offset_mm,
         overlap_mm=overlap_mm(fixed.z_mm, moving.z_mm + offset_mm),
     )
-
-
-METHODS: dict[Method, Callable[[ScoreCurve, ScoreCurve], Offset]] = {
-    Method.FAST: fast,
-    Method.L1: l1,
-}
 
 
 def overlap_mm(z_fixed: Floats, z_moving_aligned: Floats) -> float:

@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.core import align
+from dicomnode.core.robust import Covariance
 from dicomnode.model import Method, Offset, OffsetStatus, ScoreCurve
 
 # Pairs a transaction: few enough that slices are not kept waiting.
@@ -36,17 +37,24 @@ class AlignStage:
             curves = store.curves_of(
                 session, {uid for p in pending for uid in (p.fixed_series, p.moving_series)}
             )
+            covariances = {
+                model: store.covariance_of(session, model)
+                for model in {c.model for c in curves.values()}
+            }
             for pair in pending:
                 start = time.perf_counter()
-                offset = _align(curves[pair.fixed_series], curves[pair.moving_series], pair.method)
+                fixed, moving = curves[pair.fixed_series], curves[pair.moving_series]
+                offset = _align(fixed, moving, pair.method, covariances[fixed.model])
                 seconds = time.perf_counter() - start
                 store.store_offset(session, pair, offset, datetime.now(UTC), seconds)
         return len(pending)
 
 
-def _align(fixed: ScoreCurve, moving: ScoreCurve, method: Method) -> Offset:
+def _align(
+    fixed: ScoreCurve, moving: ScoreCurve, method: Method, covariance: Covariance | None
+) -> Offset:
     try:
-        return align.align(fixed, moving, method)
+        return align.align(fixed, moving, method, covariance)
     except Exception as exc:
         # One pair that cannot be computed must not stop those behind it.
         logger.exception("pair not aligned", extra={"fixed": fixed.series_uid})

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.core.curve import HeightMap
+from dicomnode.core.robust import Covariance
 from dicomnode.model import ScoreCurve, SeriesState
 from dicomnode.store.intake import claimed_slices
 from dicomnode.store.rows import series_row, to_curve
@@ -122,3 +123,9 @@ def open_slices(session: Session, series_uid: str) -> Claimed | None:
 def heights_of(session: Session, model: str) -> HeightMap:
     """Return the map of a bundle that scored something here."""
     return HeightMap(**session.get_one(schema.Model, model).manifest["heights"])
+
+
+def covariance_of(session: Session, model: str) -> Covariance | None:
+    """Return what a bundle that scored something here says of its curves' errors."""
+    values = session.get_one(schema.Model, model).manifest.get("covariance")
+    return None if values is None else Covariance.from_dict(values)

@@ -6,6 +6,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from db import schema
+from dicomnode.core import robust
 from dicomnode.model import Method, Offset, OffsetStatus, PatientKey, SeriesState
 from dicomnode.store.rows import stored_offset
 from dicomnode.store.values import PendingOffset, StoredOffset
@@ -110,7 +111,7 @@ def offsets_of(
 ) -> list[StoredOffset]:
     """Return stored offsets of a study pair, most trustworthy first.
 
-    `ok` before `extrapolated` before `refused`, then l1 before fast, then the longer overlap.
+    See `trust`.
     """
     fixed, moving = aliased(schema.Series), aliased(schema.Series)
     query = (
@@ -132,11 +133,18 @@ def offsets_of(
     return sorted(found, key=trust)
 
 
-def trust(stored: StoredOffset) -> tuple[int, int, float]:
-    """Sort key of offsets: `ok` before `extrapolated` before `refused`, then l1, then overlap."""
+def trust(stored: StoredOffset) -> tuple[int, int, int, float]:
+    """Sort key of offsets, most trustworthy first.
+
+    A robust answer comes before those of the paper's methods, a robust refusal too: it knows
+    that theirs is a guess, unless its bundle never told it how curves err. Then `ok` before
+    `extrapolated` before `refused`, l1 before fast, the longer overlap.
+    """
     o = stored.offset
+    knows = o.method is Method.ROBUST and o.reason != robust.NO_COVARIANCE
     return (
+        0 if knows else 1,
         list(OffsetStatus).index(o.status),
-        [Method.L1, Method.FAST].index(o.method),
+        [Method.ROBUST, Method.L1, Method.FAST].index(o.method),
         -(o.overlap_mm or 0.0),
     )

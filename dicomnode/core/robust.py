@@ -1,0 +1,237 @@
+"""The offset of two curves as a posterior: where both scans are one patient's, seen twice.
+
+Body height strays from position for reasons that the scans of a patient share (proportions,
+appearance) and for reasons of one scan alone (breathing, contrast, arms, noise). With both as
+Gaussian processes, learned from data, one likelihood over the offset matches curves where they
+overlap, extrapolates by the population's slope where they do not, and tells its own error.
+
+References
+----------
+Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", equations 2.30 (the
+likelihood), 4.17 (Matern 3/2) and 5.12 (leaving one out).
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from dicomnode.errors import WeightsError
+from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
+
+STEP_MM = 1.0  # a curve is resampled to it, then averaged over bins
+COARSE_MM, FINE_MM = 8.0, 1.0
+SEARCH_MM = 64.0  # either side of where the body heights agree on average
+# Bins further from what their neighbours say count for less.
+OUTLIER_SD = 3.0
+MAX_BINS = 96  # of one curve: longer scans have wider bins
+NO_COVARIANCE = "the weight bundle does not say how its curves err"
+# A constant of the patient is not known beforehand: as good as a flat prior.
+LEVEL_SD_MM = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Covariance:
+    """How body height minus position varies, mm; learned for a bundle, part of its manifest.
+
+    `factor` scales the posterior's sd so that 90 % of errors lie inside 1.645 `sigma_mm`, on
+    patients that did not fit the rest.
+    """
+
+    slope_sd: float  # of learned mm a true mm, shared by all scans of a patient
+    anatomy_sd_mm: float  # along the body, likewise
+    anatomy_length_mm: float
+    scan_constant_sd_mm: float  # of one scan
+    scan_sd_mm: float  # along one scan
+    scan_length_mm: float
+    noise_sd_mm: float  # of a bin
+    bin_mm: float = 12.0
+    centre_mm: float = 300.0  # the height about which patients are taller or shorter
+    factor: float = 1.0
+    refuse_sigma_mm: float = 60.0  # beyond it the answer would be a guess
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the parameters as the manifest of a bundle holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Covariance":
+        """Return the parameters of a manifest.
+
+        Raises
+        ------
+        WeightsError
+            If one is missing, unknown, or no positive number.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            raise WeightsError(f"the bundle's covariance must give {', '.join(sorted(names))}")
+        found = cls(**{k: float(v) for k, v in values.items()})
+        signed = {"centre_mm"}
+        if not all(np.isfinite(v) and (v > 0 or k in signed) for k, v in asdict(found).items()):
+            raise WeightsError("the bundle's covariance has a value that is no positive number")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Binned:
+    """A curve in bins of equal width: centre and body height minus position, (n,) mm."""
+
+    z_mm: Floats
+    excess_mm: Floats
+    height_mm: Floats
+
+
+def robust(fixed: ScoreCurve, moving: ScoreCurve, covariance: Covariance | None) -> Offset:
+    """Return the most likely offset, with its sigma.
+
+    `extrapolated` where the scans share no body height; refused where a curve is no curve of
+    a body, or the sigma says that the answer would be a guess.
+    """
+    if covariance is None:
+        return _refuse(NO_COVARIANCE)
+    for curve, name in ((fixed, "fixed"), (moving, "moving")):
+        if curve.quality.slope <= 0:
+            return _refuse(f"the {name} scan's body height does not grow towards the head")
+    f, m = _bin(fixed, covariance), _bin(moving, covariance)
+    offset_mm, sd = posterior(f, m, covariance)
+    sigma_mm = sd * covariance.factor
+    if sigma_mm > covariance.refuse_sigma_mm:
+        return _refuse(f"the offset is uncertain by {sigma_mm:.0f} mm, sigma")
+    shared = min(fixed.height_mm.max(), moving.height_mm.max()) >= max(
+        fixed.height_mm.min(), moving.height_mm.min()
+    )
+    top = min(fixed.z_mm[-1], moving.z_mm[-1] + offset_mm)
+    overlap = max(0.0, float(top - max(fixed.z_mm[0], moving.z_mm[0] + offset_mm)))
+    return Offset(
+        method=Method.ROBUST,
+        status=OffsetStatus.OK if shared and overlap > 0 else OffsetStatus.EXTRAPOLATED,
+        offset_mm=offset_mm,
+        overlap_mm=overlap,
+        sigma_mm=sigma_mm,
+    )
+
+
+def posterior(f: Binned, m: Binned, c: Covariance) -> tuple[float, float]:
+    """Return (mode, sd) of the offset, mm, both before `factor`."""
+    noise_f = np.full(len(f.z_mm), c.noise_sd_mm**2)
+    noise_m = np.full(len(m.z_mm), c.noise_sd_mm**2)
+    mode, sd = _search(f, m, c, noise_f, noise_m)
+    z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
+    if (np.abs(z) > OUTLIER_SD).any():
+        # One step of reweighting, as of a Student's t: far bins keep little of their say.
+        inflate = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
+        mode, sd = _search(f, m, c, inflate[: len(noise_f)], inflate[len(noise_f) :])
+    return mode, sd
+
+
+def log_likelihood(
+    f: Binned, m: Binned, c: Covariance, offsets_mm: Floats, noise_f: Floats, noise_m: Floats
+) -> Floats:
+    """Return the log likelihood of each offset (T,), up to a constant.
+
+    The moving curve's is conditioned on the fixed one (Rasmussen and Williams, equation
+    2.19), so that only matrices of the moving curve's size depend on the offset.
+    """
+    k_ff = _own(f, c) + np.diag(noise_f)
+    lower = np.linalg.cholesky(k_ff)
+    inverse = np.linalg.inv(lower)
+    level = float(np.median(f.excess_mm))  # positions have an arbitrary zero
+    u = inverse @ (f.excess_mm - level)  # (n_f,)
+    lag = f.z_mm[None, :, None] - m.z_mm[None, None, :] - offsets_mm[:, None, None]
+    shared = _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)  # (T, n_f, n_m)
+    v = inverse @ shared
+    s = (_own(m, c) + np.diag(noise_m))[None] - v.transpose(0, 2, 1) @ v
+    r = m.excess_mm[None] - level - offsets_mm[:, None] - np.einsum("tfm,f->tm", v, u)
+    root = np.linalg.cholesky(s)
+    white = np.linalg.solve(root, r[:, :, None])[:, :, 0]
+    log_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+    likelihood: Floats = -log_det - 0.5 * (white**2).sum(1)
+    return likelihood
+
+
+def _search(
+    f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats
+) -> tuple[float, float]:
+    start = float(np.median(m.excess_mm) - np.median(f.excess_mm))
+    while True:
+        coarse = start + np.arange(-SEARCH_MM, SEARCH_MM + 1, COARSE_MM)
+        value = log_likelihood(f, m, c, coarse, noise_f, noise_m)
+        best = int(np.argmax(value))
+        if 0 < best < len(coarse) - 1 or abs(coarse[best] - start) > 4 * SEARCH_MM:
+            break
+        start = float(coarse[best])
+    fine = coarse[best] + np.arange(-COARSE_MM, COARSE_MM + FINE_MM, 2 * FINE_MM)
+    finer = log_likelihood(f, m, c, fine, noise_f, noise_m)
+    t = np.concatenate([coarse, fine])
+    order = np.argsort(t, kind="stable")
+    t, log_p = t[order], np.concatenate([value, finer])[order]
+    peak = int(np.argmax(log_p))
+    mode = float(t[peak])
+    top = int(np.argmax(finer))
+    if 0 < top < len(fine) - 1:
+        a, b, d = finer[top - 1 : top + 2]
+        if a - 2 * b + d < 0:
+            mode = float(fine[top] + FINE_MM * (a - d) / (a - 2 * b + d))
+    p = np.exp(log_p - log_p[peak])
+    weight = p * np.gradient(t) if len(np.unique(t)) == len(t) else p * _widths(t)
+    weight /= weight.sum()
+    return mode, float(np.sqrt(max((weight * (t - mode) ** 2).sum(), 0.25)))
+
+
+def _widths(t: Floats) -> Floats:
+    """The share of the axis that each of the sorted points stands for; ties share theirs."""
+    edges = np.concatenate([[t[0]], (t[1:] + t[:-1]) / 2, [t[-1]]])
+    return np.diff(edges)
+
+
+def _leave_one_out(
+    f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats, offset_mm: float
+) -> Floats:
+    """Standardised error of each bin, fixed then moving, against all others (equation 5.12)."""
+    lag = f.z_mm[:, None] - m.z_mm[None, :] - offset_mm
+    cross = _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)
+    k = np.block([[_own(f, c) + np.diag(noise_f), cross], [cross.T, _own(m, c) + np.diag(noise_m)]])
+    inverse = np.linalg.inv(k)
+    y = np.concatenate([f.excess_mm, m.excess_mm - offset_mm]) - np.median(f.excess_mm)
+    z: Floats = (inverse @ y) / np.sqrt(np.diag(inverse))
+    return z
+
+
+def _own(b: Binned, c: Covariance) -> Floats:
+    lag = b.z_mm[:, None] - b.z_mm[None, :]
+    own: Floats = (
+        _shared(lag, b.height_mm[:, None], b.height_mm[None, :], c)
+        + c.scan_constant_sd_mm**2
+        + c.scan_sd_mm**2 * _matern(lag / c.scan_length_mm)
+    )
+    return own
+
+
+def _shared(lag: Floats, height_a: Floats, height_b: Floats, c: Covariance) -> Floats:
+    slope = (height_a - c.centre_mm) * (height_b - c.centre_mm) * c.slope_sd**2
+    shared: Floats = (
+        LEVEL_SD_MM**2 + slope + c.anatomy_sd_mm**2 * _matern(lag / c.anatomy_length_mm)
+    )
+    return shared
+
+
+def _matern(x: Floats) -> Floats:
+    s = np.sqrt(3.0) * np.abs(x)
+    k: Floats = (1 + s) * np.exp(-s)
+    return k
+
+
+def _bin(curve: ScoreCurve, c: Covariance) -> Binned:
+    extent = float(curve.z_mm[-1] - curve.z_mm[0])
+    width = max(c.bin_mm, extent / MAX_BINS)
+    count = max(2, int(extent / width))
+    samples = max(1, round(extent / count / STEP_MM))  # of a bin
+    z = curve.z_mm[0] + (np.arange(count * samples) + 0.5) * extent / (count * samples)
+    height = np.interp(z, curve.z_mm, curve.height_mm).reshape(count, samples).mean(1)
+    z = z.reshape(count, samples).mean(1)
+    return Binned(z, height - z, height)
+
+
+def _refuse(reason: str) -> Offset:
+    return Offset(method=Method.ROBUST, status=OffsetStatus.REFUSED, reason=reason)
