@@ -5,7 +5,7 @@
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ def main() -> None:
     \b
     python -m training index /archive --bank bank
     python -m training train --bank bank --config training/configs/compact.toml --run runs/1
+    python -m training folds --bank bank --config training/configs/compact.toml --out runs/folds
     python -m training evaluate --bank bank --run runs/1 --out runs/1
     python -m training calibrate --bank bank --run runs/1 --zero SERIES_UID 221.5
     python -m training export --bank bank --run runs/1 --name site-1 --out my-bundle
@@ -148,6 +149,50 @@ def _summary_text(summary: dict[str, Any]) -> str:
         word = "set aside" if kind == "slices" else "refused"
         lines += [f"{word}, {reason}: {count} {kind}" for reason, count in reasons.items()]
     return "\n".join(lines)
+
+
+@main.command("folds")
+@_bank_option
+@click.option("--config", required=True, type=_existing, help="TOML file of each run.")
+@click.option("--out", required=True, type=_path, help="Folder of the runs and of folds.json.")
+@click.option("--folds", "count", default=5, show_default=True, type=click.IntRange(2))
+@click.option("--only", multiple=True, type=click.IntRange(0), help="Train just this fold.")
+@click.option("--steps", type=click.IntRange(1), help="In place of the config's.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+def folds_(
+    bank: Path,
+    config: Path,
+    out: Path,
+    count: int,
+    only: tuple[int, ...],
+    steps: int | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Train leave-patients-out: a run a fold, resumable one by one.
+
+    \b
+    Example: python -m training folds --bank bank --config compact.toml --out runs/folds
+    """
+    import torch
+
+    from training import folds, train
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = train.TrainConfig.from_toml(config)
+    settings = replace(settings, steps=steps or settings.steps)
+    with _progress() as bar:
+        numbers = only or tuple(range(count))
+        tasks = {k: bar.add_task(f"fold {k}", total=settings.steps) for k in numbers}
+
+        def report(fold: int, p: train.Progress) -> None:
+            bar.update(tasks[fold], completed=p.step)
+            bar.console.print(f"fold {fold}  {train.line(p)}", highlight=False)
+
+        slices = banks.load(bank)
+        folds.run(slices, settings, out, count=count, only=numbers, device=device, report=report)
 
 
 @main.command("evaluate")

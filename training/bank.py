@@ -29,6 +29,7 @@ class BankSeries:
     series_uid: str
     start: int
     z_mm: tuple[float, ...]
+    landmarks: tuple[tuple[str, float], ...] = ()  # name, z in mm: as `landmarks.find` gives them
 
     @property
     def stop(self) -> int:
@@ -73,7 +74,16 @@ def load(folder: Path) -> Bank:
         slices = np.load(folder / values.get("slices", SLICES), mmap_mode="r")
     except FileNotFoundError as exc:
         raise ConfigError(f"{folder} holds no finished bank: python -m training index") from exc
-    series = tuple(BankSeries(**{**s, "z_mm": tuple(s["z_mm"])}) for s in values["series"])
+    series = tuple(
+        BankSeries(
+            **{
+                **s,
+                "z_mm": tuple(s["z_mm"]),
+                "landmarks": tuple((name, z) for name, z in s.get("landmarks", ())),
+            }
+        )
+        for s in values["series"]
+    )
     if max((s.stop for s in series), default=0) > len(slices):
         raise ConfigError(f"{folder}: fewer slices than {BANK} says")
     return Bank(slices, series, PreprocessSpec.from_dict(values["spec"]))

@@ -24,7 +24,7 @@ from dicomnode import dicomio
 from dicomnode.core import admission, anatomy, phantom, preprocess
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import CorruptObject
-from training import bank
+from training import bank, landmarks
 from training.archive import NOT_READABLE, ArchivedSeries
 from training.bank import PHANTOM_PREFIX, Bank, BankSeries
 from training.durable import Journal, write_json
@@ -78,6 +78,7 @@ class Decoded:
 
     inputs: Inputs  # (n, size, size)
     z_mm: tuple[float, ...]
+    landmarks: dict[str, float]  # name -> z, mm
     aside: dict[str, int]  # reason -> slices
     reason: str | None  # why it is not taken
 
@@ -136,7 +137,9 @@ def decode(source: Source, spec: PreprocessSpec) -> Decoded:
     with threadpoolctl.threadpool_limits(1, "blas"):
         if isinstance(source, Phantom):
             z_mm = phantom_positions(source.seed)
-            return Decoded(_draw(source.seed, z_mm, spec), tuple(z_mm.tolist()), {}, None)
+            x = _draw(source.seed, z_mm, spec)
+            marks = landmarks.find(x, z_mm, spec)
+            return Decoded(x, tuple(z_mm.tolist()), marks, {}, None)
         inputs, kept, aside = [], [], Counter[str]()
         for path, z in zip(source.paths, source.z_mm, strict=True):
             try:
@@ -158,7 +161,8 @@ def decode(source: Source, spec: PreprocessSpec) -> Decoded:
     if reason:
         inputs, kept = [], []
     x = np.array(inputs, np.uint8).reshape(len(inputs), spec.size, spec.size)
-    return Decoded(x, tuple(kept), dict(aside), reason)
+    marks = {} if reason else landmarks.find(x, np.array(kept), spec)
+    return Decoded(x, tuple(kept), marks, dict(aside), reason)
 
 
 def phantom_positions(seed: int) -> npt.NDArray[np.float64]:
@@ -223,6 +227,7 @@ class _Shelf:
             "fingerprint": source.fingerprint,
             "start": start,
             "z_mm": decoded.z_mm,
+            "landmarks": sorted(decoded.landmarks.items()),
             "aside": decoded.aside,
             "reason": decoded.reason,
         }
@@ -259,8 +264,9 @@ def _finish(folder: Path, shelf: _Shelf, sources: list[Source]) -> Bank:
     for source in sources:
         e = shelf.entries[source.series_uid]
         if not e["reason"]:
-            place = (e["patient"], e["study_uid"], e["series_uid"], e["start"], tuple(e["z_mm"]))
-            series.append(BankSeries(*place))
+            marks = tuple((name, z) for name, z in e["landmarks"])
+            names = (e["patient"], e["study_uid"], e["series_uid"])
+            series.append(BankSeries(*names, e["start"], tuple(e["z_mm"]), marks))
     values = {
         "slices": shelf.name,
         "spec": shelf.spec.to_dict(),

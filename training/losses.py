@@ -50,3 +50,36 @@ def millimetres(score: Tensor, z_mm: Tensor, mm_per_score: float) -> Tensor:
     ds = score[:, :, None] - score[:, None, :]  # (B, m, m)
     dz = (z_mm[:, :, None] - z_mm[:, None, :]) / mm_per_score
     return F.smooth_l1_loss(ds, dz)
+
+
+def anchored(score: Tensor, height_mm: Tensor, mm_per_score: float) -> Tensor:
+    """Return the smooth-l1 error of scores against heights that landmarks give, NaN: none.
+
+    Beyond the paper: the constant that every other term is blind to.
+
+    Parameters
+    ----------
+    score : (B, m)
+    height_mm : (B, m)
+        As `anchors.targets` gives them.
+    mm_per_score : float
+        The unit: one step of the score is this many mm.
+    """
+    known = ~torch.isnan(height_mm)
+    # Of no slice: a sum over nothing, so that the gradient is 0 and not NaN.
+    error = F.smooth_l1_loss(score[known], height_mm[known] / mm_per_score, reduction="sum")
+    return error / known.sum().clamp(min=1)
+
+
+def below(score: Tensor, highest_mm: Tensor, mm_per_score: float) -> Tensor:
+    """Return by how much scores exceed the height that they are known to lie below, mean.
+
+    Beyond the paper: limbs carry no landmark, yet are known not to be chest or head.
+
+    Parameters
+    ----------
+    score : (B, m)
+    highest_mm : (B, m)
+        Infinity where nothing is known.
+    """
+    return F.relu(score - highest_mm / mm_per_score).mean()

@@ -1,7 +1,7 @@
 """Draws stacks of equidistant slices from a bank, and augments them on the training device."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ class Share:
 
     patients: str
     share: float
+    below_mm: float | None = None  # all their slices lie below this height of `anchors`
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Augmentation:
     scale: float = 0.18  # +- of the body's size in plane
     aspect: float = 0.08  # +- of width against depth
     rotation_degrees: float = 12.0
-    shift_pixels: float = 10.0
+    shift: float = 0.08  # +- of the field of view
     flip: float = 0.3  # probability of left against right
     mask: float = 0.35  # probability of a smaller field of view: circle or box
     noise: float = 10.0  # sd of values, 0..255, at most
@@ -82,16 +83,27 @@ def weights(series: list[BankSeries], shares: list[Share]) -> npt.NDArray[np.flo
     """
     groups: dict[int, dict[str, list[int]]] = {}
     for i, s in enumerate(series):
-        fits = [g for g, share in enumerate(shares) if fnmatch.fnmatch(s.patient, share.patients)]
-        if not fits:
-            raise ValueError(f"no share names patient {s.patient!r}; end the list with '*'")
-        groups.setdefault(fits[0], {}).setdefault(s.patient, []).append(i)
+        groups.setdefault(fitting(s.patient, shares), {}).setdefault(s.patient, []).append(i)
     p = np.zeros(len(series))
     for g, members in groups.items():
         for own in members.values():
             p[own] = shares[g].share / len(members) / len(own)
     p /= p.sum()
     return p
+
+
+def fitting(patient: str, shares: Sequence[Share]) -> int:
+    """Return the number of the first share whose pattern fits a patient.
+
+    Raises
+    ------
+    ValueError
+        If none does.
+    """
+    for g, share in enumerate(shares):
+        if fnmatch.fnmatch(patient, share.patients):
+            return g
+    raise ValueError(f"no share names patient {patient!r}; end the list with '*'")
 
 
 def augment(x: Tensor, config: Augmentation, generator: torch.Generator) -> Tensor:
@@ -122,7 +134,7 @@ def _affine(x: Tensor, config: Augmentation, uniform: Draw, chance: Chance) -> T
     scale = 1 + config.scale * uniform(b)
     aspect = 1 + config.aspect * uniform(b)
     mirror = torch.where(chance(config.flip), -1.0, 1.0)
-    shift = uniform(b, 2) * config.shift_pixels * 2 / x.shape[-1]
+    shift = uniform(b, 2) * config.shift * 2
     cos, sin = torch.cos(angle), torch.sin(angle)
     rows = [
         torch.stack([mirror * cos * scale * aspect, -sin * scale, shift[:, 0]], 1),

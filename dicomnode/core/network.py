@@ -3,18 +3,20 @@
 Both take (B, 1, 128, 128) inputs as `core.preprocess` makes them and give (B,) slice scores.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Simonyan and Zisserman 2015, configuration D; 0 is a 2 x 2 max pooling.
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-# (channels, 3 x 3 convolutions) of each stage, the first of which halves the image:
-# 0.32 GFLOP and 1.8 M parameters a slice. One narrow convolution at full width: batch
-# normalisation and ReLU there, bound by memory, took half of a training step.
-COMPACT = ((24, 1), (64, 2), (96, 3), (192, 2), (256, 2))
+# The compact network looks at means over 2 x 2 pixels, 7 mm: what tells heights of the body is
+# coarser, and convolutions at full width, bound by memory, took half of a training step.
+# (channels, 3 x 3 convolutions) of each stage, the first of which halves the image.
+POOL = 2
+COMPACT = ((64, 2), (96, 3), (192, 2), (256, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class NetworkConfig:
     kind: str = "compact"  # "compact" or "vgg16"
     width: float = 1.0  # of all channel counts
     normalised: bool = False  # batch normalisation after each convolution; folded at export
+    gain: float = 1.0  # of the output: the larger, the sooner scores span a body; folded likewise
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as the manifest of a bundle holds it."""
@@ -58,10 +61,21 @@ class Regressor(nn.Module):
         -------
         (B,) float
         """
-        x = x.to(self.head.weight.dtype) / 127.5 - 1
-        x = self.basis(x)  # (B, 1, 128, 128) -> (B, channels, 4, 4)
+        return self.regress(self.reduce(x.to(self.head.weight.dtype)))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return inputs at the size that the convolutions see, (..., H, W) float in and out.
+
+        Apart from `regress` so that training varies the smaller images.
+        """
+        return F.avg_pool2d(x, POOL) if self.config.kind == "compact" else x
+
+    def regress(self, x: Tensor) -> Tensor:
+        """Return the score of each reduced input, (B, 1, h, w) -> (B,)."""
+        x = self.basis(x / 127.5 - 1)  # (B, 1, 64, 64) or 128 -> (B, channels, 4, 4)
         x = x.mean((2, 3))
-        return self.head(x).squeeze(1)  # type: ignore[no-any-return]  # torch types modules as Any
+        score: Tensor = self.head(x).squeeze(1)
+        return score * self.config.gain
 
 
 def build(config: NetworkConfig) -> Regressor:
@@ -73,27 +87,33 @@ def build(config: NetworkConfig) -> Regressor:
         If the kind is unknown.
     """
     net = Regressor(config)
+    for module in net.basis:
+        if isinstance(module, nn.Conv2d):  # He et al. 2015: torch's own start fades with depth
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     # torch implements this form of `to` but does not declare it.
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net
 
 
 def fold(network: Regressor) -> Regressor:
-    """Return the same function without batch normalisation: each is folded into its convolution.
+    """Return the same function: normalisation folded into convolutions, gain into the head.
 
     The network must be in `eval()`.
     """
-    if not network.config.normalised:
+    config = replace(network.config, normalised=False, gain=1.0)
+    if network.config == config:
         return network
-    config = NetworkConfig(network.config.kind, network.config.width, normalised=False)
     folded = build(config).eval()
     convs = [m for m in network.basis if isinstance(m, nn.Conv2d)]
     norms = [m for m in network.basis if isinstance(m, nn.BatchNorm2d)]
     targets = [m for m in folded.basis if isinstance(m, nn.Conv2d)]
-    for target, conv, norm in zip(targets, convs, norms, strict=True):
-        fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+    for i, (target, conv) in enumerate(zip(targets, convs, strict=True)):
+        fused = nn.utils.fuse_conv_bn_eval(conv, norms[i]) if norms else conv
         target.load_state_dict(fused.state_dict())
-    folded.head.load_state_dict(network.head.state_dict())
+    gain = network.config.gain
+    folded.head.load_state_dict({k: v * gain for k, v in network.head.state_dict().items()})
     return folded
 
 
