@@ -19,12 +19,14 @@ import numpy as np
 from dicomnode.errors import WeightsError
 from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
 
-STEP_MM = 1.0  # a curve is resampled to it, then averaged over bins
-COARSE_MM, FINE_MM = 8.0, 1.0
-SEARCH_MM = 64.0  # either side of where the body heights agree on average
+SAMPLE_MM = 1.0  # a curve is resampled to it, then averaged over bins
+# The search starts with this step, and doubles it until it holds the whole posterior.
+STEP_MM, MAX_STEP_MM = 8.0, 64.0
+MIN_SD_MM = 0.5
 # Bins further from what their neighbours say count for less.
 OUTLIER_SD = 3.0
 MAX_BINS = 96  # of one curve: longer scans have wider bins
+RIDER = 1e12  # above any squared whitened residual, so that the last row stays positive
 NO_COVARIANCE = "the weight bundle does not say how its curves err"
 # A constant of the patient is not known beforehand: as good as a flat prior.
 LEVEL_SD_MM = 100.0
@@ -45,7 +47,7 @@ class Covariance:
     scan_sd_mm: float  # along one scan
     scan_length_mm: float
     noise_sd_mm: float  # of a bin
-    bin_mm: float = 12.0
+    bin_mm: float = 16.0
     centre_mm: float = 300.0  # the height about which patients are taller or shorter
     factor: float = 1.0
     refuse_sigma_mm: float = 60.0  # beyond it the answer would be a guess
@@ -116,73 +118,85 @@ def posterior(f: Binned, m: Binned, c: Covariance) -> tuple[float, float]:
     """Return (mode, sd) of the offset, mm, both before `factor`."""
     noise_f = np.full(len(f.z_mm), c.noise_sd_mm**2)
     noise_m = np.full(len(m.z_mm), c.noise_sd_mm**2)
-    mode, sd = _search(f, m, c, noise_f, noise_m)
-    z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
-    if (np.abs(z) > OUTLIER_SD).any():
+    mode, sd, farthest = _search(f, m, c, noise_f, noise_m)
+    if farthest > OUTLIER_SD:
         # One step of reweighting, as of a Student's t: far bins keep little of their say.
-        inflate = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
-        mode, sd = _search(f, m, c, inflate[: len(noise_f)], inflate[len(noise_f) :])
+        z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
+        inflated = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
+        n = len(noise_f)
+        mode, sd, _ = _search(f, m, c, inflated[:n], inflated[n:])
     return mode, sd
 
 
 def log_likelihood(
     f: Binned, m: Binned, c: Covariance, offsets_mm: Floats, noise_f: Floats, noise_m: Floats
-) -> Floats:
-    """Return the log likelihood of each offset (T,), up to a constant.
+) -> tuple[Floats, Floats]:
+    """Return the log likelihood of each offset (T,), up to a constant, and what is left.
 
     The moving curve's is conditioned on the fixed one (Rasmussen and Williams, equation
     2.19), so that only matrices of the moving curve's size depend on the offset.
+
+    Returns
+    -------
+    (T,) float64
+        Log likelihood.
+    (T,) float64
+        The farthest bin from what the bins before it say, sd.
     """
-    k_ff = _own(f, c) + np.diag(noise_f)
-    lower = np.linalg.cholesky(k_ff)
-    inverse = np.linalg.inv(lower)
+    inverse = np.linalg.inv(np.linalg.cholesky(_own(f, c) + np.diag(noise_f)))
     level = float(np.median(f.excess_mm))  # positions have an arbitrary zero
     u = inverse @ (f.excess_mm - level)  # (n_f,)
-    lag = f.z_mm[None, :, None] - m.z_mm[None, None, :] - offsets_mm[:, None, None]
-    shared = _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)  # (T, n_f, n_m)
-    v = inverse @ shared
-    s = (_own(m, c) + np.diag(noise_m))[None] - v.transpose(0, 2, 1) @ v
-    r = m.excess_mm[None] - level - offsets_mm[:, None] - np.einsum("tfm,f->tm", v, u)
+    lag = (f.z_mm[:, None] - m.z_mm[None, :])[None] - offsets_mm[:, None, None]
+    v = inverse @ _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)  # (T, n_f, n_m)
+    n = len(m.z_mm)
+    # The residual rides along as a last row, which the factorisation then whitens.
+    s = np.empty((len(offsets_mm), n + 1, n + 1))
+    s[:, :n, :n] = (_own(m, c) + np.diag(noise_m)) - v.transpose(0, 2, 1) @ v
+    s[:, n, :n] = (m.excess_mm - level)[None] - offsets_mm[:, None] - u @ v
+    s[:, :n, n] = s[:, n, :n]
+    s[:, n, n] = RIDER
     root = np.linalg.cholesky(s)
-    white = np.linalg.solve(root, r[:, :, None])[:, :, 0]
-    log_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
-    likelihood: Floats = -log_det - 0.5 * (white**2).sum(1)
-    return likelihood
+    white = root[:, n, :n]
+    log_det = np.log(np.diagonal(root[:, :n, :n], axis1=1, axis2=2)).sum(1)
+    farthest = np.maximum(np.abs(white).max(1), np.abs(u).max())
+    return -log_det - 0.5 * (white**2).sum(1), farthest
 
 
 def _search(
     f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats
-) -> tuple[float, float]:
-    start = float(np.median(m.excess_mm) - np.median(f.excess_mm))
+) -> tuple[float, float, float]:
+    """Mode and sd of the posterior of a flat prior, and the farthest bin there."""
+    centre = float(np.median(m.excess_mm) - np.median(f.excess_mm))
+    step = STEP_MM
     while True:
-        coarse = start + np.arange(-SEARCH_MM, SEARCH_MM + 1, COARSE_MM)
-        value = log_likelihood(f, m, c, coarse, noise_f, noise_m)
+        t = centre + step * np.arange(-4, 5)
+        value, _ = log_likelihood(f, m, c, t, noise_f, noise_m)
         best = int(np.argmax(value))
-        if 0 < best < len(coarse) - 1 or abs(coarse[best] - start) > 4 * SEARCH_MM:
+        # Until the grid holds the whole posterior: three sd to either side.
+        if max(value[0], value[-1]) < value[best] - 4.5 or step >= MAX_STEP_MM:
             break
-        start = float(coarse[best])
-    fine = coarse[best] + np.arange(-COARSE_MM, COARSE_MM + FINE_MM, 2 * FINE_MM)
-    finer = log_likelihood(f, m, c, fine, noise_f, noise_m)
-    t = np.concatenate([coarse, fine])
-    order = np.argsort(t, kind="stable")
-    t, log_p = t[order], np.concatenate([value, finer])[order]
-    peak = int(np.argmax(log_p))
+        centre, step = float(t[best]), step * 2
+    fine = t[best] + step / 4 * np.array([-3, -2, -1, 1, 2, 3])
+    finer, farthest = log_likelihood(f, m, c, fine, noise_f, noise_m)
+    t, value = np.concatenate([t, fine]), np.concatenate([value, finer])
+    order = np.argsort(t)
+    t, value = t[order], value[order]
+    peak = int(np.argmax(value))
     mode = float(t[peak])
-    top = int(np.argmax(finer))
-    if 0 < top < len(fine) - 1:
-        a, b, d = finer[top - 1 : top + 2]
-        if a - 2 * b + d < 0:
-            mode = float(fine[top] + FINE_MM * (a - d) / (a - 2 * b + d))
-    p = np.exp(log_p - log_p[peak])
-    weight = p * np.gradient(t) if len(np.unique(t)) == len(t) else p * _widths(t)
-    weight /= weight.sum()
-    return mode, float(np.sqrt(max((weight * (t - mode) ** 2).sum(), 0.25)))
+    if 0 < peak < len(t) - 1:
+        mode = _vertex(t[peak - 1 : peak + 2], value[peak - 1 : peak + 2])
+    weight = np.exp(value - value[peak]) * np.gradient(t)
+    sd = float(np.sqrt((weight * (t - mode) ** 2).sum() / weight.sum()))
+    return mode, max(sd, MIN_SD_MM), float(farthest.max())
 
 
-def _widths(t: Floats) -> Floats:
-    """The share of the axis that each of the sorted points stands for; ties share theirs."""
-    edges = np.concatenate([[t[0]], (t[1:] + t[:-1]) / 2, [t[-1]]])
-    return np.diff(edges)
+def _vertex(t: Floats, value: Floats) -> float:
+    """Where the parabola through three points, the middle one highest, is highest."""
+    left, right = t[1] - t[0], t[2] - t[1]
+    rise, fall = (value[1] - value[0]) / left, (value[1] - value[2]) / right
+    if rise + fall <= 0:
+        return float(t[1])
+    return float(t[1] + (rise * right - fall * left) / (rise + fall) / 2)
 
 
 def _leave_one_out(
@@ -226,7 +240,7 @@ def _bin(curve: ScoreCurve, c: Covariance) -> Binned:
     extent = float(curve.z_mm[-1] - curve.z_mm[0])
     width = max(c.bin_mm, extent / MAX_BINS)
     count = max(2, int(extent / width))
-    samples = max(1, round(extent / count / STEP_MM))  # of a bin
+    samples = max(1, round(extent / count / SAMPLE_MM))  # of a bin
     z = curve.z_mm[0] + (np.arange(count * samples) + 0.5) * extent / (count * samples)
     height = np.interp(z, curve.z_mm, curve.height_mm).reshape(count, samples).mean(1)
     z = z.reshape(count, samples).mean(1)
