@@ -27,7 +27,9 @@ OUTSIDE_HU = -1024.0  # what `pixels.to_hu` makes of pixels that were never meas
 
 BODY_HU, LUNG_HU, BONE_HU = -300.0, -500.0, 250.0
 CELL_MM = 8.0  # of the grid that displacements are made on
-MIN_LUNG_MM2 = 8000.0  # less air in a slice is a trachea or bowel: 40 cm2 of it were met in a pelvis
+MIN_LUNG_MM2 = (
+    8000.0  # less air in a slice is a trachea or bowel: 40 cm2 of it were met in a pelvis
+)
 MIN_BONE = 200  # pixels; a follow-up that shows less is placed by its whole body
 
 
@@ -139,9 +141,9 @@ def survey(volume: Volume) -> Body:
     hu = blocks.mean((2, 4))  # (Z, Y, X)
     bone = (blocks > BONE_HU).mean((2, 4))
     y_mm = volume.origin_mm[0] + (np.arange(hu.shape[1]) * by_row + (by_row - 1) / 2) * row_mm
-    x_mm = volume.origin_mm[1] + (
-        np.arange(hu.shape[2]) * by_column + (by_column - 1) / 2
-    ) * column_mm
+    x_mm = (
+        volume.origin_mm[1] + (np.arange(hu.shape[2]) * by_column + (by_column - 1) / 2) * column_mm
+    )
 
     cell_mm = by_row * row_mm, by_column * column_mm
     tissue = np.stack([_largest(image > BODY_HU) for image in hu])
@@ -246,6 +248,65 @@ def render(
     )
 
 
+def shrink(volume: Volume, size: int) -> Volume:
+    """Return a volume of at most so many rows and columns: means over blocks of pixels."""
+    n = max(1, -(-max(volume.image_hu.shape[1:]) // size))
+    if n == 1:
+        return volume
+    count, rows, columns = volume.image_hu.shape
+    kept = volume.image_hu[:, : rows // n * n, : columns // n * n]
+    blocks = kept.reshape(count, rows // n, n, columns // n, n)
+    row_mm, column_mm = volume.pixel_mm
+    y, x = volume.origin_mm
+    return Volume(
+        image_hu=np.rint(blocks.mean((2, 4), np.float32)).astype(np.int16),
+        z_mm=volume.z_mm,
+        pixel_mm=(n * row_mm, n * column_mm),
+        origin_mm=(y + (n - 1) / 2 * row_mm, x + (n - 1) / 2 * column_mm),
+    )
+
+
+def thicken(volume: Volume, size: int) -> Volume:
+    """Return a volume of at most so many slices: means over blocks of them."""
+    n = -(-len(volume.z_mm) // size)
+    if n == 1:
+        return volume
+    count = len(volume.z_mm) // n
+    blocks = volume.image_hu[: count * n].reshape(count, n, *volume.image_hu.shape[1:])
+    return Volume(
+        image_hu=np.rint(blocks.mean(1, np.float32)).astype(np.int16),
+        z_mm=volume.z_mm[: count * n].reshape(count, n).mean(1),
+        pixel_mm=volume.pixel_mm,
+        origin_mm=volume.origin_mm,
+    )
+
+
+def interpolated(volume: Volume) -> Volume:
+    """Return a volume with slices of about 1 mm, interpolated where they are thicker."""
+    spacing = float(np.median(np.diff(volume.z_mm)))
+    return _at(volume, spacing / max(1, round(spacing)))
+
+
+def even(volume: Volume) -> Volume:
+    """Return a volume whose slices lie evenly, interpolated where they do not."""
+    steps = np.diff(volume.z_mm)
+    if not len(steps) or np.ptp(steps) < 0.01 * steps.mean():
+        return volume
+    return _at(volume, float(np.median(steps)))
+
+
+def _at(volume: Volume, spacing_mm: float) -> Volume:
+    span = volume.z_mm[-1] - volume.z_mm[0]
+    z = np.linspace(volume.z_mm[0], volume.z_mm[-1], round(span / spacing_mm) + 1)
+    at = np.interp(z, volume.z_mm, np.arange(len(volume.z_mm)))
+    low = at.astype(int).clip(0, len(volume.z_mm) - 2)
+    image_hu = np.empty((len(z), *volume.image_hu.shape[1:]), np.int16)
+    for image, k, share in zip(image_hu, low, at - low, strict=True):
+        below, above = volume.image_hu[k].astype(np.float32), volume.image_hu[k + 1]
+        image[:] = np.rint(below + np.float32(share) * (above - below))
+    return Volume(image_hu, z, volume.pixel_mm, volume.origin_mm)
+
+
 def displacement(body: Body, follow: FollowUp, config: FollowUpConfig) -> Image:
     """Return the displacement `u` at the nodes of the body's grid, (3, Z, Y, X) float32, mm.
 
@@ -271,7 +332,9 @@ def displacement(body: Body, follow: FollowUp, config: FollowUpConfig) -> Image:
         knots = [max(4, int(mm / config.posture_knot_mm) + 2) for mm in extent]
         zoom = np.array(body.inside.shape) / knots
         for part in u:
-            part += ndimage.zoom(rng.normal(0, follow.posture_mm, knots), zoom, order=3, mode="nearest")
+            part += ndimage.zoom(
+                rng.normal(0, follow.posture_mm, knots), zoom, order=3, mode="nearest"
+            )
     u[0] *= ends
     return u
 
@@ -390,7 +453,7 @@ def _outline(
         shown = filled.any(3 - axis)  # (Z, rows or columns)
         middle.append(float(filled.sum((0, 3 - axis)) @ mm) / total)
         step = float(mm[1] - mm[0])
-        spans = [np.ptp(mm[s]) + step for s in shown if s.any()]
+        spans = [np.ptp(mm[s]) + step for s in np.asarray(shown) if s.any()]
         size.append(float(np.percentile(spans, 95)) if spans else float(np.ptp(mm)))
     return (middle[0], middle[1]), (size[0], size[1])
 

@@ -83,6 +83,9 @@ class ProtocolConfig:
     known: tuple[KnownPair, ...] = (ACRIN,)
 
 
+QUICK = ProtocolConfig(pairs=6, stress_pairs=8, crops=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A Series that pairs can be made from; positions are those of slices that show a body."""
