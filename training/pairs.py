@@ -29,7 +29,7 @@ from dicomnode.core import admission, curve, fasta, geometry, preprocess
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import DicomError
-from dicomnode.model import Floats, ScoreCurve, Scores
+from dicomnode.model import Floats, Reason, ScoreCurve, Scores
 from training import followup, protocol
 from training.archive import ArchivedSeries
 from training.followup import Volume

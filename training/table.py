@@ -230,27 +230,35 @@ def to_markdown(figures: Mapping[str, Any]) -> str:
     """Return the tables of a model card."""
     unseen = figures["weights_never_saw_the_patients"]
     told = {True: "never saw", False: "**saw**", None: "may have seen"}[unseen]
-    ones = ", ".join(f"<= {c:.0f}" for c in CATEGORIES_MM)
+    limits = ", ".join(f"<= {c:.0f}" for c in CATEGORIES_MM)
     lines = [
-        f"The weights {told} the patients. Categories 1, 2, 3 by |error|, mm: {ones}; 4: beyond. "
-        "Shares in %, with 95 % intervals by a bootstrap over patients.",
+        f"The weights {told} the patients. Categories 1, 2, 3 by |error|, mm: {limits}; 4: beyond. "
+        "Shares of all pairs in %, with 95 % intervals by a bootstrap over patients.",
     ]
+    against = []
     for region, group in figures["follow_up"].items():
-        lines += ["", f"Synthetic follow-ups, {region}: {_counted(group)}", "", *_rows(group)]
+        title = f"Synthetic follow-ups, {region}"
+        lines += ["", f"{title}: {_counted(group)}.", "", *_rows(group)]
         if region == "all":
             for method, counts in PAPER.items():
                 shares = " | ".join(f"{100 * c / sum(counts):.1f}" for c in counts)
-                lines.append(f"| the paper's {method}, by readers | {shares} | | | | |")
-        lines += _differences(group)
+                lines.append(f"| the paper's {method}, by its readers | {shares} | | | | |")
+        against += _differences(title, group)
     for region, groups in figures["stress"].items():
+        lines += ["", f"Both scans cropped, {region}, by true overlap.", ""]
+        lines += ["| overlap | pairs | method | 1 | 4 | refused | median, mm | 95 %, mm |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for share, group in groups.items():
-            if group:
-                title = f"Both scans cropped, {region}, true overlap {share}"
-                lines += ["", f"{title}: {_counted(group)}", "", *_rows(group)]
-                lines += _differences(group)
+            lines += _short_rows(share, group)
+            against += _differences(f"both cropped, {region}, overlap {share}", group)
+    if against:
+        lines += ["", f"Against {BASE}, pair by pair.", ""]
+        lines += [f"| pairs | method minus {BASE} | category 1, points | category 4, points |"]
+        lines[-1] += " median, mm |"
+        lines += ["|---|---|---|---|---|", *against]
     for kind, group in figures["same_frame"].items():
         if group:
-            lines += ["", f"One scan reconstructed twice ({kind}): {_counted(group)}", ""]
+            lines += ["", f"One scan reconstructed twice ({kind}): {_counted(group)}.", ""]
             lines += _rows(group)
     if figures["known"]:
         lines += ["", "| patient | truth, mm | method | offset, mm | error, mm | status |"]
@@ -420,22 +428,29 @@ def _rows(group: Mapping[str, Any]) -> list[str]:
     ]
     for method, m in group["methods"].items():
         cells = [_with_interval(m[f"category_{c}"], 100) for c in (1, 2, 3, 4)]
-        cells += [str(m["refused"]), _with_interval(m["median_mm"]), _with_interval(m["p95_mm"])]
+        cells += [str(m["refused"]), _with_interval(m["median_mm"]), _mm(m["p95_mm"][0])]
         lines.append(f"| {method} | {' | '.join(cells)} | {1000 * m['median_seconds']:.2f} |")
     return lines
 
 
-def _differences(group: Mapping[str, Any]) -> list[str]:
-    """Return a line for each method against `BASE`."""
+def _short_rows(title: str, group: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for method, m in group.get("methods", {}).items():
+        cells = [title, str(group["pairs"]), method]
+        cells += [_with_interval(m["category_1"], 100), _with_interval(m["category_4"], 100)]
+        cells += [str(m["refused"]), _with_interval(m["median_mm"]), _mm(m["p95_mm"][0])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _differences(title: str, group: Mapping[str, Any]) -> list[str]:
+    """Return a row for each method against `BASE`."""
     lines = []
     for method, d in group.get(f"minus_{BASE}", {}).items():
-        parts = [
-            f"category 1 {_with_interval(d['category_1'], 100, sign=True)} points",
-            f"category 4 {_with_interval(d['category_4'], 100, sign=True)} points",
-            f"median {_with_interval(d['median_mm'], sign=True)} mm",
-        ]
-        lines.append(f"- {method} minus {BASE}, pair by pair: {', '.join(parts)}")
-    return ["", *lines] if lines else []
+        cells = [_with_interval(d[f"category_{c}"], 100, sign=True) for c in (1, 4)]
+        cells.append(_with_interval(d["median_mm"], sign=True))
+        lines.append(f"| {title} | {method} | {' | '.join(cells)} |")
+    return lines
 
 
 def _sigma_rows(sigma: Mapping[str, Any]) -> list[str]:
