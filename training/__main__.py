@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from dicomnode.core.curve import HeightMap
+from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import NodeError
 from training import archive, fill, workers
 from training import bank as banks
@@ -196,11 +197,36 @@ def folds_(
 
 
 @main.command("evaluate")
-@_bank_option
-@_run_option
-@click.option("--out", type=_path, help="Folder for evaluation.json and evaluation.md.")
-def evaluate_(bank: Path, run: Path, out: Path | None) -> None:
-    """Print correlation, slope and same-patient offsets, by patients seen and unseen."""
+@click.option("--bank", type=_existing, help="Folder of a slice bank.")
+@click.option("--run", type=_existing, help="Folder of a training run.")
+@click.option("--out", type=_path, help="Folder for evaluation.json and .md, or for Table 1.")
+@click.option("--table1", multiple=True, type=_existing, help="Folder of DICOM: Table 1 on it.")
+@click.option("--folds", type=_existing, help='JSON for Table 1: {"patient": "runs/fold-k"}.')
+@click.option("--method", "methods", multiple=True, help="Of Table 1; all where none is named.")
+@click.option("--workers", default=2, show_default=True, help="Processes that make pairs.")
+@click.option("--quick", is_flag=True, help="A few pairs, to try it out.")
+def evaluate_(
+    bank: Path | None,
+    run: Path | None,
+    out: Path | None,
+    table1: tuple[Path, ...],
+    folds: Path | None,
+    methods: tuple[str, ...],
+    workers: int,
+    quick: bool,
+) -> None:
+    """Print correlation, slope and same-patient offsets, by patients seen and unseen.
+
+    With --table1, the table of alignment errors in place of them, on pairs made from an archive:
+
+    \b
+    python -m training evaluate --table1 /archive --folds runs/folds.json --out runs/table1
+    """
+    if table1:
+        _table1(table1, bank, run, folds, out, methods, workers, quick)
+        return
+    if not bank or not run:
+        raise click.UsageError("name --bank and --run, or --table1")
     from training import evaluate, train
 
     slices = banks.load(bank)
@@ -256,6 +282,57 @@ def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str)
     click.echo(
         export.bundle(run, banks.load(bank), heights, name=name, out=out, zero=zero, commit=commit)
     )
+
+
+def _table1(
+    archives: tuple[Path, ...],
+    bank: Path | None,
+    run: Path | None,
+    folds: Path | None,
+    out: Path | None,
+    methods: tuple[str, ...],
+    workers: int,
+    quick: bool,
+) -> None:
+    """Make, score and align the pairs of Table 1; go on where an earlier run stopped."""
+    from training import pairs, protocol, readers, table
+
+    if not out:
+        raise click.UsageError("--table1 needs --out, where its pairs are kept")
+    spec = banks.load(bank).spec if bank else PreprocessSpec()
+    folded = readers.Folds(default=run, spec=spec)
+    if folds:
+        folded = readers.Folds.from_json(folds, spec)
+    config = protocol.QUICK if quick else protocol.ProtocolConfig()
+    try:
+        compared = table.methods(methods)
+    except KeyError as exc:
+        raise click.UsageError(f"no method {exc}: {', '.join(table.methods())}") from exc
+    with _progress() as bar:
+        task = bar.add_task("reading headers", total=None)
+        found = archive.index(archives, progress=lambda n: bar.advance(task, n))
+        tasks: dict[str, TaskID] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        left_out = pairs.make(
+            found.series, out, config, folded, spec=spec, workers=workers, progress=report
+        )
+        made = pairs.load(out)
+        task = bar.add_task("aligning", total=len(made))
+        results = table.measure(made, compared, lambda n: bar.advance(task, n))
+    figures = table.figures(results, draws=200 if quick else 2000)
+    text = table.to_markdown(figures)
+    click.echo(text)
+    for reason, count in (found.refused.series + left_out).most_common():
+        click.echo(f"left out, {reason}: {count}")
+    values = {"figures": figures, "left_out": left_out, "results": table.to_json(results)}
+    (out / "table1.json").write_text(json.dumps(values, indent=1))
+    (out / "table1.md").write_text(text)
+    table.plot(results, out / "table1.png")
 
 
 def _heights(run: Path, config: "TrainConfig") -> HeightMap:

@@ -10,6 +10,7 @@ Bodypart Regressor", section 2.2.
 """
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from dicomnode.core import robust
@@ -22,6 +23,7 @@ SPACING_MM = 1.0  # both curves are resampled to it for l1
 MIN_OVERLAP_MM = 30.0
 # The fast method divides by the score difference of the outer fixed slices.
 MIN_SLOPE = 1e-6
+ROWS = 128  # shifts at a time: 64 to 256 are as fast
 
 
 def align(
@@ -105,14 +107,51 @@ def _resample(curve: ScoreCurve) -> Floats:
 
 
 def _best_shift(f: Floats, m: Floats, least: int) -> tuple[int, float]:
-    """Return (samples by which m is shifted against f, mean absolute difference there)."""
-    # Pad f with NaN so that every shift is a window of one array: (shifts, len(m)).
+    """Return (samples by which m is shifted against f, mean absolute difference there).
+
+    Every shift is a window of one array: (shifts, len(m)). To go through all of them in float64,
+    NaN where the window hangs over, takes 4.5 ms for two curves of 600 samples. Here float32
+    rules out the shifts that cannot be the best one, whatever its rounding was, which takes
+    0.3 ms, and float64 decides between the few that are left.
+    """
     pad = len(m) - least
+    shifts = np.flatnonzero(_may_be_best(f, m, pad))
     padded = np.concatenate([np.full(pad, np.nan), f, np.full(pad, np.nan)])
-    difference = np.abs(sliding_window_view(padded, len(m)) - m)
+    difference = np.abs(sliding_window_view(padded, len(m))[shifts] - m)
     cost = np.nanmean(difference, axis=1)
     best = int(np.argmin(cost))
-    return best - pad, float(cost[best])
+    return int(shifts[best]) - pad, float(cost[best])
+
+
+def _may_be_best(f: Floats, m: Floats, pad: int) -> npt.NDArray[np.bool_]:
+    """Return which shifts may have the lowest mean absolute difference: (shifts,)."""
+    middle = (f.mean() + m.mean()) / 2  # small numbers, small rounding
+    f, m = f - middle, m - middle
+    m32 = m.astype(np.float32)
+    zeros = np.zeros(pad, np.float32)
+    windows = sliding_window_view(np.concatenate([zeros, f.astype(np.float32), zeros]), len(m))
+    sums = np.empty(len(windows), np.float32)
+    ones = np.ones(len(m), np.float32)
+    buffer = np.empty((ROWS, len(m)), np.float32)  # stays in the cache
+    for i in range(0, len(windows), ROWS):
+        part = windows[i : i + ROWS]
+        difference = np.abs(
+            np.subtract(part, m32, out=buffer[: len(part)]), out=buffer[: len(part)]
+        )
+        np.dot(difference, ones, out=sums[i : i + ROWS])
+    # Samples of m that hang over added |0 - m|, without rounding: take that away again.
+    added = np.concatenate([[0.0], np.abs(m32).cumsum(dtype=float)])
+    shift = np.arange(len(windows)) - pad
+    first, past = (-shift).clip(0), (len(f) - shift).clip(None, len(m))
+    count = past - first
+    cost = (sums - added[first] - (added[-1] - added[past])) / count
+    # A sum of n terms errs by less than n units of rounding of the sum of their sizes (Higham,
+    # Accuracy and Stability of Numerical Algorithms, 2002, eq. 4.4), each term by less than one
+    # unit of its own size and of those it came from; doubled for terms of second order.
+    unit = np.finfo(np.float32).eps / 2
+    sizes = float(np.abs(f).max() + np.abs(m).max())
+    error = 2 * unit * ((len(m) + 2) * sums.astype(float) + len(m) * sizes) / count
+    return np.asarray(cost - error <= (cost + error).min())
 
 
 def _refuse(method: Method, reason: str) -> Offset:
