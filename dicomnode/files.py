@@ -10,6 +10,7 @@ import threadpoolctl
 
 from dicomnode import dicomio
 from dicomnode.core import align, curve
+from dicomnode.core.region import Region
 from dicomnode.errors import DicomError
 from dicomnode.model import (
     Method,
@@ -41,6 +42,7 @@ class ScoredFiles:
 
     series: tuple[ScoredSeries, ...]
     unreadable: dict[str, int]  # reason -> files
+    regions: tuple[Region, ...] = ()  # of the bundle that scored them
 
 
 def score(
@@ -93,7 +95,7 @@ def score(
         for uid, h in headers.items()
     ]
     series.sort(key=lambda s: (s.header.study_uid, s.header.series_uid))
-    return ScoredFiles(tuple(series), dict(unreadable))
+    return ScoredFiles(tuple(series), dict(unreadable), scorer.bundle.regions)
 
 
 def best_offset(

@@ -7,6 +7,7 @@ wherever a score is stored.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from dicomnode.core import network
+from dicomnode.core import network, region
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.core.region import Region
 from dicomnode.errors import WeightsError
 
 DEFAULT = Path(__file__).parent / "weights"
@@ -35,6 +37,7 @@ class Bundle:
     network: network.Regressor  # in eval(), on the CPU
     spec: PreprocessSpec
     heights: HeightMap
+    regions: tuple[Region, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,6 +72,7 @@ def load(folder: Path | None = None) -> Bundle:
             network=net.eval().requires_grad_(False),
             spec=PreprocessSpec.from_dict(manifest["preprocess"]),
             heights=heights_of(manifest),
+            regions=_regions(folder, manifest),
         )
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as exc:
         raise WeightsError(f"{folder}: the manifest does not describe a bundle: {exc}") from exc
@@ -82,6 +86,7 @@ def save(
     spec: PreprocessSpec,
     heights: HeightMap,
     training: dict[str, Any],
+    regions: Sequence[Region] = (),
 ) -> str:
     """Write a bundle and return its digest. `training` says what the weights came from."""
     if net.config.normalised:
@@ -94,6 +99,7 @@ def save(
         "network": net.config.to_dict(),
         "preprocess": spec.to_dict(),
         "heights": asdict(heights),
+        region.KEY: [r.to_dict() for r in regions],
         "training": training,
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -115,6 +121,13 @@ def digest(manifest: dict[str, Any]) -> str:
 def heights_of(manifest: dict[str, Any]) -> HeightMap:
     """Return the map of scores to body heights that a manifest carries."""
     return HeightMap(**manifest["heights"])
+
+
+def _regions(folder: Path, manifest: dict[str, Any]) -> tuple[Region, ...]:
+    try:
+        return region.from_manifest(manifest)
+    except WeightsError as exc:
+        raise WeightsError(f"{folder / MANIFEST}: {exc}") from exc
 
 
 def pick_device(wanted: str) -> torch.device:
