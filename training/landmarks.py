@@ -1,0 +1,136 @@
+"""Landmarks of the body found from HU alone: where the lung begins and ends, the neck, the vertex.
+
+Reads the network's inputs of one Series, gives positions in mm. Nothing here is learned or
+annotated: each landmark is a threshold on an area that physics gives (air, body).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.model import Floats
+
+LUNG_HU = -500.0  # below it, inside the body: lung or gas
+# Gas of the bowel, trachea and mouth is pure air; lung, even emphysema, is not, once averaged
+# over the input's pixels.
+GAS_HU = -950.0
+LUNG_COMPONENT_CM2 = 4.0  # a smaller spot is trachea, bronchus, or noise
+LUNG_EDGE_CM2 = 15.0  # the apex and the base are where the lung's area falls to this
+LUNG_CM2 = 90.0  # a scan shows the chest where the lung's area exceeds this
+NECK_PROMINENCE = 0.75  # the neck's area is below this share of the head's and the shoulders'
+VERTEX_CM2 = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Areas:
+    """Areas, cm2, of each slice of a Series, (N,)."""
+
+    body: Floats
+    lung: Floats
+
+
+def areas(inputs: npt.NDArray[np.uint8], spec: PreprocessSpec) -> Areas:
+    """Return the areas of body and lung in each input, (N, size, size)."""
+    cm2 = spec.pixel_mm**2 / 100
+    body_area, lung_area = np.zeros(len(inputs)), np.zeros(len(inputs))
+    value = np.interp((spec.body_hu, LUNG_HU), spec.hu, spec.value)
+    to_hu = np.interp(np.arange(256), spec.value, spec.hu)
+    for i, x in enumerate(inputs):
+        body = _largest(ndimage.binary_opening(x > value[0], iterations=1))
+        body = ndimage.binary_fill_holes(body)
+        body_area[i] = body.sum() * cm2
+        air = body & (x < value[1])
+        labels, count = ndimage.label(air)
+        if not count:
+            continue
+        index = np.arange(1, count + 1)
+        size = ndimage.sum_labels(air, labels, index) * cm2
+        # The median: edges of a gas bubble are averaged with its wall.
+        hu = np.array(ndimage.median(to_hu[x], labels, index))
+        lung_area[i] = size[(size >= LUNG_COMPONENT_CM2) & (hu > GAS_HU)].sum()
+    return Areas(body_area, lung_area)
+
+
+def find(
+    inputs: npt.NDArray[np.uint8], z_mm: Floats, spec: PreprocessSpec | None = None
+) -> dict[str, float]:
+    """Return the position, mm, of each landmark that the Series shows.
+
+    Parameters
+    ----------
+    inputs : (N, size, size) uint8
+        Network inputs, feet to head.
+    z_mm : (N,)
+        Their positions, increasing.
+
+    Returns
+    -------
+    dict
+        Of `lung_apex`, `lung_base`, `neck`, `vertex`; what is not shown is left out.
+    """
+    a = areas(inputs, spec or PreprocessSpec())
+    z = np.asarray(z_mm, float)
+    found = lung_limits(a.lung, z)
+    found |= head_limits(a.body, z, found.get("lung_apex"))
+    return found
+
+
+def lung_limits(lung_cm2: Floats, z_mm: Floats) -> dict[str, float]:
+    """Return where the lung's area falls to `LUNG_EDGE_CM2` above and below its widest."""
+    lung = _smooth(lung_cm2, z_mm)
+    widest = int(np.argmax(lung))
+    if lung[widest] < LUNG_CM2:
+        return {}
+    found = {}
+    above = np.flatnonzero(lung[widest:] < LUNG_EDGE_CM2)
+    if len(above):
+        found["lung_apex"] = _crossing(lung, z_mm, widest + int(above[0]) - 1)
+    below = np.flatnonzero(lung[: widest + 1] < LUNG_EDGE_CM2)
+    if len(below):
+        found["lung_base"] = _crossing(lung, z_mm, int(below[-1]))
+    return found
+
+
+def head_limits(body_cm2: Floats, z_mm: Floats, apex: float | None) -> dict[str, float]:
+    """Return the neck, the least area between head and shoulders, and the vertex."""
+    found: dict[str, float] = {}
+    if apex is None:
+        return found
+    body = _smooth(body_cm2, z_mm)
+    part = (z_mm > apex) & (z_mm < apex + 250)
+    if part.sum() < 10 or z_mm[part][-1] - apex < 110:
+        return found
+    z, b = z_mm[part], body[part]
+    head = np.flatnonzero(z > apex + 100)
+    least = int(np.argmin(b[: head[-1] + 1][z[: head[-1] + 1] < apex + 140]))
+    if b[least] < NECK_PROMINENCE * b[least:].max() and b[least] < NECK_PROMINENCE * b[0]:
+        found["neck"] = float(z[least])
+    top = body[z_mm > apex]
+    if len(top) and top[-1] < VERTEX_CM2 < top.max():
+        i = len(body) - 1
+        while body[i - 1] < VERTEX_CM2:
+            i -= 1
+        found["vertex"] = _crossing(body, z_mm, i - 1)
+    return found
+
+
+def _crossing(area: Floats, z_mm: Floats, i: int) -> float:
+    edge = LUNG_EDGE_CM2 if min(area[i], area[i + 1]) < LUNG_EDGE_CM2 else VERTEX_CM2
+    share = (edge - area[i]) / (area[i + 1] - area[i])
+    return float(z_mm[i] + np.clip(share, 0, 1) * (z_mm[i + 1] - z_mm[i]))
+
+
+def _smooth(area: Floats, z_mm: Floats) -> Floats:
+    spacing = float(np.median(np.diff(z_mm)))
+    return ndimage.median_filter(area, size=2 * int(4.0 / spacing) + 1, mode="nearest")
+
+
+def _largest(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    labels, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    return labels == 1 + int(np.argmax(ndimage.sum_labels(mask, labels, np.arange(1, count + 1))))
