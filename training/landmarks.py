@@ -4,7 +4,6 @@ Reads the network's inputs of one Series, gives positions in mm. Nothing here is
 annotated: each landmark is a threshold on an area that physics gives (air, body).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,4 +132,5 @@ def _largest(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     labels, count = ndimage.label(mask)
     if count < 2:
         return mask
-    return labels == 1 + int(np.argmax(ndimage.sum_labels(mask, labels, np.arange(1, count + 1))))
+    sizes = ndimage.sum_labels(mask, labels, np.arange(1, count + 1))
+    return np.asarray(labels == 1 + int(np.argmax(sizes)))

@@ -261,16 +261,12 @@ def _landmark(name: str) -> Point:
     return Point(anatomy.LANDMARKS[name] + shift, abs(shift), name)
 
 
-def _organ(*names: str) -> tuple[Point, Point]:
-    """Return the ends of organs of the drawn adult."""
-    lows, highs = [], []
-    for shape in anatomy.ORGANS:
-        if shape.name in names:
-            radii = [knot[3] if shape.kind == "tube" else 0.0 for knot in shape.knots]
-            heights = [knot[0] for knot in shape.knots]
-            lows.append(min(h - r for h, r in zip(heights, radii, strict=True)))
-            highs.append(max(h + r for h, r in zip(heights, radii, strict=True)))
-    return _soft(min(lows)), _soft(max(highs))
+def _organ(name: str, *, soft: bool = True) -> tuple[Point, Point]:
+    """Return the ends of an organ of the drawn adult."""
+    shape = next(s for s in anatomy.ORGANS if s.name == name)
+    ends = [(k[0], k[3] if shape.kind == "tube" else 0.0) for k in shape.knots]
+    low, high = min(h - radius for h, radius in ends), max(h + radius for h, radius in ends)
+    return (_soft(low), _soft(high)) if soft else (Point(low), Point(high))
 
 
 def _soft(at_mm: float) -> Point:
@@ -279,51 +275,41 @@ def _soft(at_mm: float) -> Point:
     return Point(at_mm, SOFT_SD_LEVELS * size)
 
 
-def _bone(at_mm: float) -> Point:
-    return Point(at_mm)
-
-
 def _catalogue() -> tuple[tuple[str, str, str, str, Point, Point], ...]:
     marks = anatomy.LANDMARKS
     crest, base, apex = _landmark("iliac_crest"), _landmark("lung_base"), _landmark("lung_apex")
     dome, vertex = _landmark("diaphragm_dome"), _landmark("vertex")
     dome = Point(dome.at_mm, float(np.hypot(dome.spread_mm, _soft(dome.at_mm).spread_mm)))
-    seat, skull = _bone(marks["ischial_tuberosities"]), _bone(marks["skull_base"])
-    hips = next(s for s in anatomy.ORGANS if s.name == "femoral head").knots[0]
-    knee = _bone(-450.0)  # where the drawn adult ends, above the knee
-    sacrum = tuple(Point(p.at_mm) for p in _organ("sacrum"))
-    brain = tuple(Point(p.at_mm) for p in _organ("brain"))  # held by bone
+    seat, skull = Point(marks["ischial_tuberosities"]), Point(marks["skull_base"])
+    knee = Point(-450.0)  # where the drawn adult ends, above the knee
+    sacrum, brain = _organ("sacrum", soft=False), _organ("brain", soft=False)  # held by bone
     # In CT, from C4 or C5, the top of the thyroid cartilage, to C6 or C7, the cricoid's lower
     # border (Mirjalili et al. 2012).
     larynx = _soft(VERTEBRAE["C6"][0]), _soft(VERTEBRAE["C4"][0])
-    organs: dict[str, tuple[Point, Point]] = {
-        name: _organ(name) for name in ("heart", "spleen", "pancreas", "kidney", "bladder")
-    }
     liver = _organ("liver")[0], dome
     # Name, part, SNOMED CT code and meaning (PS3.16 CID 4), lower and upper end.
     return (
         ("thighs", "", "68367000", "Thigh", knee, seat),
         ("pelvis", "", "816092008", "Pelvis", seat, crest),
-        ("hip joints", "pelvis", "24136001", "Hip joint",
-            _bone(hips[0] - hips[3]), _bone(hips[0] + hips[3])),
-        ("bladder", "pelvis", "89837001", "Bladder", *organs["bladder"]),
+        ("hip joints", "pelvis", "24136001", "Hip joint", *_organ("femoral head", soft=False)),
+        ("bladder", "pelvis", "89837001", "Bladder", *_organ("bladder")),
         ("sacrum", "pelvis", "54735007", "Sacrum", *sacrum),
         ("abdomen", "", "818981001", "Abdomen", crest, dome),
         ("lumbar spine", "abdomen", "122496007", "Lumbar spine",
-            _bone(VERTEBRAE["L5"][0]), _bone(VERTEBRAE["L1"][1])),
-        ("kidneys", "abdomen", "64033007", "Kidney", *organs["kidney"]),
+            Point(VERTEBRAE["L5"][0]), Point(VERTEBRAE["L1"][1])),
+        ("kidneys", "abdomen", "64033007", "Kidney", *_organ("kidney")),
         ("liver", "abdomen", "10200004", "Liver", *liver),
-        ("pancreas", "abdomen", "15776009", "Pancreas", *organs["pancreas"]),
-        ("spleen", "abdomen", "78961009", "Spleen", *organs["spleen"]),
+        ("pancreas", "abdomen", "15776009", "Pancreas", *_organ("pancreas")),
+        ("spleen", "abdomen", "78961009", "Spleen", *_organ("spleen")),
         ("chest", "", "816094009", "Chest", base, apex),
         ("thoracic spine", "chest", "122495006", "Thoracic spine",
-            _bone(VERTEBRAE["T12"][0]), _bone(VERTEBRAE["T1"][1])),
+            Point(VERTEBRAE["T12"][0]), Point(VERTEBRAE["T1"][1])),
         ("lungs", "chest", "39607008", "Lung", base, apex),
-        ("heart", "chest", "80891009", "Heart", *organs["heart"]),
+        ("heart", "chest", "80891009", "Heart", *_organ("heart")),
         ("neck", "", "45048000", "Neck", apex, skull),
         ("thyroid", "neck", "69748006", "Thyroid", *_organ("thyroid")),
         ("cervical spine", "neck", "122494005", "Cervical spine",
-            _bone(VERTEBRAE["C7"][0]), _bone(VERTEBRAE["C1"][1])),
+            Point(VERTEBRAE["C7"][0]), Point(VERTEBRAE["C1"][1])),
         ("larynx", "neck", "4596009", "Larynx", *larynx),
         ("head", "", "69536005", "Head", skull, vertex),
         ("brain", "head", "12738006", "Brain", *brain),
