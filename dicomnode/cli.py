@@ -31,6 +31,7 @@ from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesSta
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from dicomnode.core.region import Region
     from dicomnode.files import ScoredFiles, ScoredSeries
     from dicomnode.query import PairAnswer
 
@@ -225,13 +226,38 @@ def score(
     curves = [s.outcome for s in found.series if isinstance(s.outcome, ScoreCurve)]
     _write_curves(curves, csv_path, png_path)
     if as_json:
-        _print_json([present.scored_json(s) for s in found.series])
+        _print_json([present.scored_json(s, found.regions) for s in found.series])
     else:
         for s in found.series:
-            _print_scored(s)
+            _print_scored(s, found.regions)
     for reason, count in found.unreadable.items():
         click.echo(f"{count} files not read: {reason}", err=True)
     sys.exit(0 if curves else 1)
+
+
+@main.command()
+@_model_option
+@_config_option
+@_json_option
+def regions(model: Path | None, config: Path | None, as_json: bool) -> None:
+    """List the regions a bundle knows: codes, body-height limits, spread, and what they rest on.
+
+    The bundle is the one that the node scores with, where none is named.
+
+    \b
+    Example:  dicomnode regions --model my-bundle
+    """
+    from dicomnode import present, weights
+
+    if model is None:
+        model = configuration.load(_config_path(config)).score.model
+    bundle = weights.load(model)
+    if as_json:
+        _print_json([r.to_dict() for r in bundle.regions])
+    elif bundle.regions:
+        _console().print(present.region_table(bundle.regions))
+    if not bundle.regions:
+        _nothing(f"bundle {bundle.name} has no regions: python -m training calibrate, then export")
 
 
 @main.command()
@@ -270,8 +296,7 @@ def series(
     if as_json:
         _print_json([present.series_json(r) for r in rows])
     elif rows:
-        console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
-        console.print(present.series_table(rows))
+        _console().print(present.series_table(rows))
     for name, reason, detail in details:
         click.echo(f"{name}  {reason}  {detail}", err=True)
     if quarantined:
@@ -314,10 +339,10 @@ def curve(
         _nothing(f"still arriving: {row.scored} slices scored of {row.received} received")
     _write_curves([found.curve], csv_path, png_path)
     if as_json:
-        _print_json(present.curve_json(found.curve))
+        _print_json(present.curve_json(found.curve, found.regions))
     else:
         click.echo(plot.curve_text(found.curve.z_mm, found.curve.height_mm))
-        click.echo(present.quality_line(found.curve))
+        click.echo(present.quality_line(found.curve, found.regions))
 
 
 @main.command()
@@ -532,7 +557,7 @@ def _answer_offset(
     sys.exit(1 if refused else 0)
 
 
-def _print_scored(scored: "ScoredSeries") -> None:
+def _print_scored(scored: "ScoredSeries", regions: "Sequence[Region]") -> None:
     from dicomnode import plot, present
 
     click.secho(f"Series {scored.header.series_uid}", bold=True)
@@ -540,7 +565,11 @@ def _print_scored(scored: "ScoredSeries") -> None:
         click.echo(f"{scored.outcome}\n")
     else:
         click.echo(plot.curve_text(scored.outcome.z_mm, scored.outcome.height_mm))
-        click.echo(present.quality_line(scored.outcome) + "\n")
+        click.echo(present.quality_line(scored.outcome, regions) + "\n")
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
 
 
 def _print_json(value: Any) -> None:

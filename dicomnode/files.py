@@ -10,6 +10,7 @@ import threadpoolctl
 
 from dicomnode import dicomio
 from dicomnode.core import align, curve
+from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from dicomnode.errors import DicomError
 from dicomnode.model import (
@@ -42,6 +43,7 @@ class ScoredFiles:
 
     series: tuple[ScoredSeries, ...]
     unreadable: dict[str, int]  # reason -> files
+    regions: tuple[Region, ...] = ()  # of the bundle that scored them
 
 
 def score(
@@ -94,7 +96,7 @@ def score(
         for uid, h in headers.items()
     ]
     series.sort(key=lambda s: (s.header.study_uid, s.header.series_uid))
-    return ScoredFiles(tuple(series), dict(unreadable))
+    return ScoredFiles(tuple(series), dict(unreadable), scorer.bundle.regions)
 
 
 def best_offset(

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from dicomnode.core import region
+from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
 from dicomnode.store import SeriesRow, StoredOffset
@@ -14,8 +16,8 @@ from dicomnode.store import SeriesRow, StoredOffset
 JSON = dict[str, Any]
 
 
-def scored_json(scored: ScoredSeries) -> JSON:
-    """Return a Series scored from files."""
+def scored_json(scored: ScoredSeries, regions: Sequence[Region] = ()) -> JSON:
+    """Return a Series scored from files, with its share of the bundle's regions."""
     header, outcome = scored.header, scored.outcome
     values: JSON = {
         "patient_id": header.patient.patient_id,
@@ -28,17 +30,22 @@ def scored_json(scored: ScoredSeries) -> JSON:
     else:
         values |= {"state": outcome.reason.state, "reason": outcome.reason, "model": None}
         values |= {"slices": [], "quality": None}
-    # Regions need a bundle whose table was calibrated; without one nothing is claimed.
-    return values | {"coverage": [], "set_aside": scored.set_aside}
+    shares = (
+        region.coverage(outcome.z_mm, outcome.height_mm, regions)
+        if isinstance(outcome, ScoreCurve)
+        else []
+    )
+    return values | {"coverage": coverage_json(shares), "set_aside": scored.set_aside}
 
 
-def curve_json(curve: ScoreCurve) -> JSON:
-    """Return a stored curve."""
+def curve_json(curve: ScoreCurve, regions: Sequence[Region] = ()) -> JSON:
+    """Return a stored curve, with its share of its bundle's regions."""
     return {
         "series_uid": curve.series_uid,
         "model": curve.model,
         "slices": slices_json(curve),
         "quality": quality_json(curve.quality),
+        "coverage": coverage_json(region.coverage(curve.z_mm, curve.height_mm, regions)),
     }
 
 
@@ -57,6 +64,11 @@ def slices_json(curve: ScoreCurve) -> list[JSON]:
         }
         for uid, frame, z, score, height in columns
     ]
+
+
+def coverage_json(shares: Sequence[tuple[Region, float]]) -> list[JSON]:
+    """Return the share of each region that a Series covers; empty where nothing is claimed."""
+    return [{"region": r.name, "code": r.code, "fraction": round(f, 4)} for r, f in shares]
 
 
 def quality_json(quality: Quality) -> JSON:
@@ -90,6 +102,7 @@ def series_json(row: SeriesRow) -> JSON:
         "model": row.model,
         "height_mm": row.height_mm,
         "quality": quality_json(row.quality) if row.quality else None,
+        "coverage": coverage_json(row.coverage),
     }
 
 
@@ -120,7 +133,8 @@ def series_table(rows: Sequence[SeriesRow]) -> Table:
         table.add_column(title, overflow="fold")
     for title in ("slices", "r", "slope", "body height, mm"):
         table.add_column(title, justify="right")
-    table.add_column("set aside, flags", overflow="fold")
+    for title in ("covers", "set aside, flags"):
+        table.add_column(title, overflow="fold")
     for row in rows:
         quality = row.quality
         aside = [f"{reason} {count}" for reason, count in sorted(row.set_aside.items())]
@@ -133,19 +147,46 @@ def series_table(rows: Sequence[SeriesRow]) -> Table:
             f"{quality.pearson_r:.4f}" if quality else "",
             f"{quality.slope:.2f}" if quality else "",
             f"{row.height_mm[0]:.0f}..{row.height_mm[1]:.0f}" if row.height_mm else "",
+            ", ".join(region.shown(row.coverage)),
             ", ".join([*aside, *(quality.flags if quality else ())]),
         )
     return table
 
 
-def quality_line(curve: ScoreCurve) -> str:
+def region_table(regions: Sequence[Region]) -> Table:
+    """Return the regions of a bundle as a table for a terminal, organs under their part."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("region", "code", "meaning"):
+        table.add_column(title)
+    for title in ("from, mm", "+-", "to, mm", "+-"):
+        table.add_column(title, justify="right")
+    table.add_column("known by")
+    for r in regions:
+        supports = dict.fromkeys(str(limit.support) for limit in (r.low, r.high))
+        table.add_row(
+            f"  {r.name}" if r.part else r.name,
+            f"{region.SCHEME} {r.code}",
+            r.meaning,
+            *(
+                "-" if value is None else f"{value:.0f}"
+                for limit in (r.low, r.high)
+                for value in (limit.height_mm, limit.sd_mm)
+            ),
+            ", ".join(supports),
+        )
+    return table
+
+
+def quality_line(curve: ScoreCurve, regions: Sequence[Region] = ()) -> str:
     """Return what to know of a curve, in one line."""
+    names = region.shown(region.coverage(curve.z_mm, curve.height_mm, regions))
     low, high, quality = curve.height_mm.min(), curve.height_mm.max(), curve.quality
     parts = [
         f"{len(curve.z_mm)} positions",
         f"body height {low:.0f} to {high:.0f} mm",
         f"r {quality.pearson_r:.4f}",
         f"slope {quality.slope:.2f}",
+        *([f"covers {' and '.join(names)}"] if names else []),
         *quality.flags,
     ]
     return ", ".join(parts)

@@ -8,6 +8,7 @@ from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.core import align, geometry
+from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from dicomnode.model import Floats, Method, ScoreCurve
 from dicomnode.store import SeriesRow, StoredOffset
@@ -21,6 +22,7 @@ class SeriesCurve:
     curve: ScoreCurve | None
     live_z_mm: Floats  # (n,) positions along the slice normal, feet to head
     live_height_mm: Floats  # (n,)
+    regions: tuple[Region, ...] = ()  # of the bundle that made the curve
 
 
 def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
@@ -32,7 +34,8 @@ def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
         found = store.curve_of(session, series_uid)
         opened = store.open_slices(session, series_uid)
         if opened is None or opened.model is None:
-            return SeriesCurve(rows[0], found, np.empty(0), np.empty(0))
+            regions = store.regions_of(session, found.model) if found else ()
+            return SeriesCurve(rows[0], found, np.empty(0), np.empty(0), regions)
         heights = store.heights_of(session, opened.model)
     normal = geometry.slice_normal(np.array(opened.slices[0].image_orientation))
     z_mm = geometry.slice_positions(np.array([s.image_position for s in opened.slices]), normal)

@@ -7,6 +7,7 @@ wherever a score is stored.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from dicomnode.core import network
+from dicomnode.core import network, region
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from dicomnode.errors import WeightsError
 
@@ -37,6 +39,7 @@ class Bundle:
     spec: PreprocessSpec
     heights: HeightMap
     covariance: Covariance | None  # None: the robust method refuses
+    regions: tuple[Region, ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,6 +75,7 @@ def load(folder: Path | None = None) -> Bundle:
             spec=PreprocessSpec.from_dict(manifest["preprocess"]),
             heights=heights_of(manifest),
             covariance=covariance_of(manifest),
+            regions=_regions(folder, manifest),
         )
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as exc:
         raise WeightsError(f"{folder}: the manifest does not describe a bundle: {exc}") from exc
@@ -104,6 +108,7 @@ def save(
     heights: HeightMap,
     training: dict[str, Any],
     covariance: Covariance | None = None,
+    regions: Sequence[Region] = (),
 ) -> str:
     """Write a bundle and return its digest. `training` says what the weights came from."""
     if net.config.normalised:
@@ -117,6 +122,7 @@ def save(
         "preprocess": spec.to_dict(),
         "heights": asdict(heights),
         "covariance": covariance.to_dict() if covariance else None,
+        region.KEY: [r.to_dict() for r in regions],
         "training": training,
         "weights_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -150,6 +156,13 @@ def covariance_of(manifest: dict[str, Any]) -> Covariance | None:
     """
     values = manifest.get("covariance")
     return None if values is None else Covariance.from_dict(values)
+
+
+def _regions(folder: Path, manifest: dict[str, Any]) -> tuple[Region, ...]:
+    try:
+        return region.from_manifest(manifest)
+    except WeightsError as exc:
+        raise WeightsError(f"{folder / MANIFEST}: {exc}") from exc
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from dicomnode.core import region
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import NodeError
@@ -59,7 +60,7 @@ def main() -> None:
     python -m training train --bank bank --config training/configs/compact.toml --run runs/1
     python -m training folds --bank bank --config training/configs/compact.toml --out runs/folds
     python -m training evaluate --bank bank --run runs/1 --out runs/1
-    python -m training calibrate --bank bank --run runs/1 --zero SERIES_UID 221.5
+    python -m training calibrate --bank bank --run runs/1
     python -m training export --bank bank --run runs/1 --name site-1 --out my-bundle
     python -m training compare my-bundle other-bundle --bank bank
     """
@@ -248,20 +249,45 @@ def evaluate_(
 @main.command("calibrate")
 @_bank_option
 @_run_option
-@click.option("--zero", nargs=2, type=(str, float), required=True, help="SERIES_UID Z_MM")
+@click.option(
+    "--zero",
+    nargs=2,
+    type=(str, float),
+    help="SERIES_UID Z_MM of height 0; the middle of S1 by proportion where none is named.",
+)
 @click.option("--patients", multiple=True, default=("*",), help="Pattern of patients that count.")
-def calibrate_(bank: Path, run: Path, zero: tuple[str, float], patients: tuple[str, ...]) -> None:
-    """Fit the map of scores to body height, with 0 where the reference Series has Z_MM."""
-    from training import calibrate, evaluate, train
+def calibrate_(
+    bank: Path, run: Path, zero: tuple[str, float] | None, patients: tuple[str, ...]
+) -> None:
+    """Fit the map of scores to body height, and place the regions of the body on it.
+
+    Landmarks found from HU alone are the fixed points. Writes heights.json, regions.json and
+    regions.md to the run.
+    """
+    from training import calibrate, evaluate, landmarks, train
 
     slices = banks.load(bank)
     net, _, _ = train.load(run)
     with _progress() as bar:
         task = bar.add_task("scoring", total=len(slices.slices))
         scores = evaluate.score_bank(net, slices, progress=lambda n: bar.advance(task, n))
-    heights = calibrate.fit(slices, scores, zero=zero, patients=patients)
-    (run / "heights.json").write_text(json.dumps(asdict(heights), indent=1))
-    click.echo(heights)
+        task = bar.add_task("finding landmarks", total=len(slices.slices))
+        try:
+            result = calibrate.calibrate(
+                slices,
+                scores,
+                find=landmarks.find,
+                zero=zero,
+                patients=patients,
+                progress=lambda n: bar.advance(task, n),
+            )
+        except ValueError as exc:
+            raise click.ClickException(f"{exc}; name a reference: --zero SERIES_UID Z_MM") from exc
+    (run / "heights.json").write_text(json.dumps(asdict(result.heights), indent=1))
+    (run / "regions.json").write_text(json.dumps(result.to_json(), indent=1))
+    (run / "regions.md").write_text(result.to_markdown())
+    click.echo(result.heights)
+    click.echo(result.to_markdown())
 
 
 @main.command("export")
@@ -269,7 +295,7 @@ def calibrate_(bank: Path, run: Path, zero: tuple[str, float], patients: tuple[s
 @_run_option
 @click.option("--name", required=True)
 @click.option("--out", required=True, type=_path, help="Folder of the bundle.")
-@click.option("--zero", default="", help="What height 0 means, in words.")
+@click.option("--zero", default="", help="What height 0 means, in words; else as calibrated.")
 @click.option("--commit", default="", help="Commit of the code that trained it.")
 def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str) -> None:
     """Write a run as a weight bundle; calibrate it first."""
@@ -279,8 +305,19 @@ def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str)
         raise click.ClickException(f"{run} is not calibrated: python -m training calibrate")
     _, config, _ = train.load(run)
     heights = _heights(run, config)
+    path = run / "regions.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
     click.echo(
-        export.bundle(run, banks.load(bank), heights, name=name, out=out, zero=zero, commit=commit)
+        export.bundle(
+            run,
+            banks.load(bank),
+            heights,
+            name=name,
+            out=out,
+            zero=zero or table.get("zero", ""),
+            commit=commit,
+            regions=region.from_manifest(table),
+        )
     )
 
 

@@ -1,17 +1,27 @@
 """A trained run as a weight bundle that the node loads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dicomnode import weights
 from dicomnode.core import network
 from dicomnode.core.curve import HeightMap
+from dicomnode.core.region import Region
 from training import train
 from training.bank import Bank
 
 
 def bundle(
-    run: Path, bank: Bank, heights: HeightMap, *, name: str, out: Path, zero: str, commit: str
+    run: Path,
+    bank: Bank,
+    heights: HeightMap,
+    *,
+    name: str,
+    out: Path,
+    zero: str,
+    commit: str,
+    regions: Sequence[Region] = (),
 ) -> str:
     """Write the averaged weights of a run, batch normalisation folded, and return the digest."""
     net, config, step = train.load(run)
@@ -39,4 +49,5 @@ def bundle(
         spec=bank.spec,
         heights=heights,
         training=settings,
+        regions=regions,
     )

@@ -16,6 +16,7 @@ from dicomnode.store.answers import (
     list_quarantined,
     list_series,
     open_slices,
+    regions_of,
 )
 from dicomnode.store.intake import (
     claim_series,
@@ -71,6 +72,7 @@ __all__ = [
     "record_model",
     "record_quarantined",
     "record_slices",
+    "regions_of",
     "sqlite_file",
     "store_offset",
     "trust",

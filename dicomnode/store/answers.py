@@ -1,12 +1,15 @@
 """What is asked of the store: Series, curves, counts."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db import schema
+from dicomnode.core import region
 from dicomnode.core.curve import HeightMap
+from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from dicomnode.model import ScoreCurve, SeriesState
 from dicomnode.store.intake import claimed_slices
@@ -44,7 +47,14 @@ def list_series(
         .group_by(schema.Slice.series_id, schema.Slice.reason)
     ):
         live.setdefault(series_id, {})[reason] = count
-    return [series_row(s, c, live.get(s.id, {})) for s, c in rows]
+    models = {c.model for _, c in rows if c is not None}
+    bundles = {
+        m.digest: (_heights(m.manifest), region.from_manifest(m.manifest))
+        for m in session.scalars(select(schema.Model).where(schema.Model.digest.in_(models)))
+    }
+    return [
+        series_row(s, c, live.get(s.id, {}), bundles.get(c.model) if c else None) for s, c in rows
+    ]
 
 
 def count_quarantined(session: Session) -> dict[str, int]:
@@ -94,9 +104,7 @@ def curves_of(session: Session, series_uids: Iterable[str]) -> dict[str, ScoreCu
         .join(schema.Model, schema.Model.digest == schema.Curve.model)
         .where(schema.Series.series_uid.in_(list(series_uids)))
     )
-    return {
-        uid: to_curve(uid, curve, HeightMap(**manifest["heights"])) for uid, curve, manifest in rows
-    }
+    return {uid: to_curve(uid, curve, _heights(manifest)) for uid, curve, manifest in rows}
 
 
 def is_waiting(session: Session, association_id: str) -> bool:
@@ -122,10 +130,19 @@ def open_slices(session: Session, series_uid: str) -> Claimed | None:
 
 def heights_of(session: Session, model: str) -> HeightMap:
     """Return the map of a bundle that scored something here."""
-    return HeightMap(**session.get_one(schema.Model, model).manifest["heights"])
+    return _heights(session.get_one(schema.Model, model).manifest)
 
 
 def covariance_of(session: Session, model: str) -> Covariance | None:
     """Return what a bundle that scored something here says of its curves' errors."""
     values = session.get_one(schema.Model, model).manifest.get("covariance")
     return None if values is None else Covariance.from_dict(values)
+
+
+def regions_of(session: Session, model: str) -> tuple[Region, ...]:
+    """Return the regions of a bundle that scored something here."""
+    return region.from_manifest(session.get_one(schema.Model, model).manifest)
+
+
+def _heights(manifest: dict[str, Any]) -> HeightMap:
+    return HeightMap(**manifest["heights"])

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from db import schema
+from dicomnode.core import region
 from dicomnode.core.curve import HeightMap
+from dicomnode.core.region import Region
 from dicomnode.model import (
     Evidence,
     Flag,
@@ -69,9 +71,15 @@ def to_curve(series_uid: str, row: schema.Curve, heights: HeightMap) -> ScoreCur
 
 
 def series_row(
-    s: schema.Series, curve: schema.Curve | None, live: dict[str | None, int]
+    s: schema.Series,
+    curve: schema.Curve | None,
+    live: dict[str | None, int],
+    bundle: tuple[HeightMap, tuple[Region, ...]] | None,
 ) -> SeriesRow:
-    """Return a Series as asked for; `live` is reason (None: scored) -> slices, while open."""
+    """Return a Series as asked for.
+
+    `live` is reason (None: scored) -> slices, while open; `bundle` is what the curve was made by.
+    """
     is_open = s.state == SeriesState.OPEN
     if is_open:
         aside = {str(reason): n for reason, n in live.items() if reason is not None}
@@ -97,6 +105,7 @@ def series_row(
         quality=quality_of(curve) if curve else None,
         height_mm=(curve.height_min_mm, curve.height_max_mm) if curve else None,
         model=curve.model if curve else None,
+        coverage=_coverage(curve, *bundle) if curve and bundle else (),
     )
 
 
@@ -147,6 +156,15 @@ def quality_of(row: schema.Curve) -> Quality:
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:
     """Return (SOP Instance UID, frame, index into frames_of_reference) of each slice."""
     return [(uid, frame, f) for uid, frame, f in json.loads(zlib.decompress(row.instances))]
+
+
+def _coverage(
+    row: schema.Curve, heights: HeightMap, regions: tuple[Region, ...]
+) -> tuple[tuple[Region, float], ...]:
+    if not regions:
+        return ()
+    z_mm, score = array(row.z_mm, "<f8"), array(row.score, "<f4")
+    return tuple(region.coverage(z_mm, heights(score), regions))
 
 
 def array(data: bytes, dtype: str) -> np.ndarray[Any, Any]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import datetime
 
+from dicomnode.core.region import Region
 from dicomnode.model import (
     Evidence,
     Method,
@@ -50,6 +51,7 @@ class SeriesRow:
     quality: Quality | None
     height_mm: tuple[float, float] | None  # lowest, highest
     model: str | None
+    coverage: tuple[tuple[Region, float], ...] = ()  # empty without a curve or regions
 
 
 @dataclass(frozen=True, slots=True)

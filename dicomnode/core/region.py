@@ -1,0 +1,248 @@
+"""Body height -> named regions of the body, and the share of each that a Series covers.
+
+The table of regions belongs to a weight bundle: its limits are body heights of that bundle.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from dicomnode.core import curve, geometry
+from dicomnode.errors import WeightsError
+from dicomnode.model import Floats
+
+SCHEME = "SCT"  # SNOMED CT, as PS3.16 names it
+KEY = "regions"  # of a bundle's manifest
+# A series that covers half of a region is said to show it.
+COVERED = 0.5
+# A slice further than this from the line through its Series, and further than five median
+# deviations, is read wrongly (metal, a limb beside the trunk): it says nothing of coverage.
+OUTLIER_MM = 50.0
+OUTLIER_DEVIATIONS = 5.0
+# Steps beside a step, itself included, that tell what spacing is usual there.
+NEIGHBOURS = 7
+
+
+class Support(StrEnum):
+    """How a limit is known."""
+
+    LANDMARK = "landmark"  # measured, at a landmark found from HU in several patients
+    PROPORTION = "proportion"  # placed between landmarks by published relations of anatomy
+    UNSUPPORTED = "unsupported"  # the data do not reach there: no height is claimed
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One end of a region; height and sd between patients, mm, are None where unsupported."""
+
+    support: Support
+    height_mm: float | None = None
+    sd_mm: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.height_mm, self.sd_mm) if v is not None]
+        if len(given) != (0 if self.support is Support.UNSUPPORTED else 2):
+            raise ValueError(f"a limit known by {self.support} with {len(given)} of height and sd")
+        if not all(math.isfinite(v) for v in given):
+            raise ValueError("a limit that is not finite")
+        if self.sd_mm is not None and self.sd_mm < 0:
+            raise ValueError(f"a negative sd, {self.sd_mm}")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A body part or an organ, from `low` (feet) to `high` (head)."""
+
+    name: str
+    code: str  # SNOMED CT
+    meaning: str  # of the code, as PS3.16 Annex D has it
+    low: Limit
+    high: Limit
+    part: str = ""  # the body part that an organ belongs to, empty for a body part
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.meaning:
+            raise ValueError("a region without name or meaning")
+        if not self.code.isascii() or not self.code.isdigit():
+            raise ValueError(f"code {self.code!r} is no SNOMED CT identifier")
+        if self.low_mm is not None and self.high_mm is not None and self.low_mm >= self.high_mm:
+            raise ValueError(f"low_mm {self.low_mm} is not below high_mm {self.high_mm}")
+
+    @property
+    def low_mm(self) -> float | None:
+        """Body height of the lower end, None where unsupported."""
+        return self.low.height_mm
+
+    @property
+    def high_mm(self) -> float | None:
+        """Body height of the upper end, None where unsupported."""
+        return self.high.height_mm
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row that a manifest holds."""
+        values: dict[str, Any] = {"name": self.name, "part": self.part, "scheme": SCHEME}
+        values |= {"code": self.code, "meaning": self.meaning}
+        for end, limit in (("low", self.low), ("high", self.high)):
+            values[f"{end}_mm"] = limit.height_mm
+            values[f"{end}_sd_mm"] = limit.sd_mm
+            values[f"{end}_support"] = str(limit.support)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Region":
+        """Return the region of a row.
+
+        Raises
+        ------
+        LookupError, TypeError, ValueError
+            If a value is missing or wrong.
+        """
+        if values["scheme"] != SCHEME:
+            raise ValueError(f"scheme {values['scheme']!r}, expected {SCHEME}")
+        texts = {key: values[key] for key in ("name", "code", "meaning", "part")}
+        for key, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{key} is {text!r}, not text")
+        return cls(**texts, low=_limit(values, "low"), high=_limit(values, "high"))
+
+
+def from_manifest(manifest: Mapping[str, Any]) -> tuple[Region, ...]:
+    """Return the regions of a bundle's manifest, none where it was not calibrated.
+
+    Raises
+    ------
+    WeightsError
+        If the table is not one; the message names the row.
+    """
+    rows = manifest.get(KEY, [])
+    if not isinstance(rows, list):
+        raise WeightsError(f"{KEY}: a list is expected, not {type(rows).__name__}")
+    regions: list[Region] = []
+    for i, row in enumerate(rows):
+        where = f"{KEY}[{i}]"
+        if not isinstance(row, dict):
+            raise WeightsError(f"{where}: a region is expected, not {row!r}")
+        try:
+            found = Region.from_dict(row)
+        except KeyError as exc:
+            raise WeightsError(f"{where} ({row.get('name')}): no {exc.args[0]}") from exc
+        except (TypeError, ValueError) as exc:
+            raise WeightsError(f"{where} ({row.get('name')}): {exc}") from exc
+        if lookup(regions, found.name) or lookup(regions, found.code):
+            raise WeightsError(f"{where} ({found.name}): its name or code is there already")
+        regions.append(found)
+    return tuple(regions)
+
+
+def lookup(regions: Iterable[Region], key: str) -> Region | None:
+    """Return the region of a name, in any case, or of a SNOMED CT code."""
+    wanted = key.strip().lower()
+    return next((r for r in regions if wanted in (r.name, r.code)), None)
+
+
+def covered(z_mm: Floats, height_mm: Floats) -> Floats:
+    """Return the intervals of body height that the slices of a Series fill.
+
+    Neighbours fill what lies between them unless a slice is missing there; each stretch
+    ends half a slice beyond its last slices. A curve that falls is read as one that rises:
+    its order is the header's fault, its slices are there all the same.
+
+    Parameters
+    ----------
+    z_mm : (N,) float64
+        Positions, strictly increasing, N >= 2.
+    height_mm : (N,) float64
+        Body heights; noise and wrong slices are smoothed away.
+
+    Returns
+    -------
+    (K, 2) float64
+        Lower and upper ends, mm, in ascending order, disjoint.
+    """
+    from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
+
+    z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
+    slope = curve.robust_slope(z, height)
+    residual = height - slope * z
+    residual = np.abs(residual - np.median(residual))
+    sound = residual <= max(OUTLIER_MM, OUTLIER_DEVIATIONS * float(np.median(residual)))
+    usual = _usual_steps(np.diff(z))
+    run = np.concatenate([[0], np.cumsum(np.diff(z) > geometry.GAP_RATIO * usual)])
+    # Half of what a slice stands for; a slice at an end has one neighbour, others the lesser.
+    half_mm = 0.5 * np.minimum(np.append(usual, np.inf), np.append(np.inf, usual))
+    half_mm *= np.clip(abs(slope), *curve.SLOPE_RANGE)
+    height, run, half_mm = height[sound], run[sound], half_mm[sound]
+    height = isotonic_regression(height, increasing=slope >= 0).x
+    ends = []
+    for r in np.unique(run):
+        at = np.flatnonzero(run == r)
+        first, last = (at[0], at[-1]) if slope >= 0 else (at[-1], at[0])
+        ends.append((height[first] - half_mm[first], height[last] + half_mm[last]))
+    merged: list[tuple[float, float]] = []
+    for low, high in sorted(ends):
+        if merged and low <= merged[-1][1]:
+            low, high = merged[-1][0], max(high, merged.pop()[1])
+        merged.append((float(low), float(high)))
+    return np.array(merged)
+
+
+def coverage(
+    z_mm: Floats, height_mm: Floats, regions: Sequence[Region]
+) -> list[tuple[Region, float]]:
+    """Return the share of each region that the slices of a Series cover.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+    regions : sequence of Region
+        A bundle's table.
+
+    Returns
+    -------
+    list of (Region, float)
+        In the order of the table: 0 (none of it) to 1. A region with an unsupported limit has
+        no share and is left out.
+    """
+    filled: Floats | None = None
+    shares = []
+    for region in regions:
+        low, high = region.low_mm, region.high_mm
+        if low is None or high is None:
+            continue
+        if filled is None:
+            filled = covered(z_mm, height_mm)
+        common = np.minimum(filled[:, 1], high) - np.maximum(filled[:, 0], low)
+        share = float(np.clip(common, 0, None).sum()) / (high - low)
+        shares.append((region, min(share, 1.0)))
+    return shares
+
+
+def shown(shares: Sequence[tuple[Region, float]]) -> list[str]:
+    """Return the names of the body parts a Series shows; of its organs where it shows no part."""
+    names = [(r.name, r.part) for r, share in shares if share >= COVERED]
+    return [name for name, part in names if not part] or [name for name, _ in names]
+
+
+def _limit(values: Mapping[str, Any], end: str) -> Limit:
+    numbers = [values[f"{end}_mm"], values[f"{end}_sd_mm"]]
+    for key, number in zip((f"{end}_mm", f"{end}_sd_mm"), numbers, strict=True):
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise TypeError(f"{key} is {number!r}, not a number")
+    try:
+        return Limit(Support(values[f"{end}_support"]), *numbers)
+    except ValueError as exc:
+        raise ValueError(f"{end}: {exc}") from exc
+
+
+def _usual_steps(steps_mm: Floats) -> Floats:
+    """Return the median step around each of (M,) steps: what is usual may change on the way."""
+    side = NEIGHBOURS // 2
+    around = np.pad(steps_mm, side, mode="constant", constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS)
+    usual: Floats = np.nanmedian(windows, axis=1)
+    return usual
