@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
 from dicomnode.core import region
-from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import NodeError
 from training import archive, fill, workers
@@ -22,7 +21,7 @@ from training import bank as banks
 from training.durable import write_json
 
 if TYPE_CHECKING:
-    from training.train import TrainConfig
+    pass
 
 _path = click.Path(path_type=Path)
 _existing = click.Path(exists=True, path_type=Path)
@@ -202,7 +201,10 @@ def folds_(
 @click.option("--run", type=_existing, help="Folder of a training run.")
 @click.option("--out", type=_path, help="Folder for evaluation.json and .md, or for Table 1.")
 @click.option("--table1", multiple=True, type=_existing, help="Folder of DICOM: Table 1 on it.")
-@click.option("--folds", type=_existing, help='JSON for Table 1: {"patient": "runs/fold-k"}.')
+@click.option("--folds", type=_existing, help="Folder of `folds`: each patient by its own run.")
+@click.option(
+    "--marks", multiple=True, type=_existing, help="JSON of marked vertebrae of a Series."
+)
 @click.option("--method", "methods", multiple=True, help="Of Table 1; all where none is named.")
 @click.option("--workers", default=2, show_default=True, help="Processes that make pairs.")
 @click.option("--quick", is_flag=True, help="A few pairs, to try it out.")
@@ -212,38 +214,41 @@ def evaluate_(
     out: Path | None,
     table1: tuple[Path, ...],
     folds: Path | None,
+    marks: tuple[Path, ...],
     methods: tuple[str, ...],
     workers: int,
     quick: bool,
 ) -> None:
-    """Print correlation, slope and same-patient offsets, by patients seen and unseen.
+    """Print correlation, slope, landmarks and same-patient offsets, by part of the body.
 
     With --table1, the table of alignment errors in place of them, on pairs made from an archive:
 
     \b
-    python -m training evaluate --table1 /archive --folds runs/folds.json --out runs/table1
+    python -m training evaluate --bank bank --folds runs/folds --out runs/folds
+    python -m training evaluate --table1 /archive --folds runs/folds --out runs/table1
     """
     if table1:
         _table1(table1, bank, run, folds, out, methods, workers, quick)
         return
-    if not bank or not run:
-        raise click.UsageError("name --bank and --run, or --table1")
-    from training import evaluate, train
+    if not bank or bool(run) == bool(folds):
+        raise click.UsageError("name --bank and one of --run and --folds, or --table1")
+    from training import evaluate
 
     slices = banks.load(bank)
-    net, config, _ = train.load(run)
     with _progress() as bar:
         task = bar.add_task("scoring", total=len(slices.slices))
-        scores = evaluate.score_bank(net, slices, progress=lambda n: bar.advance(task, n))
-    heights = _heights(run, config)
-    series = evaluate.series_figures(slices, scores, heights, config.held_out)
-    pairs = evaluate.pair_figures(slices, scores, heights, config.held_out)
-    text = evaluate.to_markdown(series, pairs)
+        read = evaluate.read_folds if folds else evaluate.read_run
+        reading = read(folds or run, slices, lambda n: bar.advance(task, n))  # type: ignore[arg-type]
+    series = evaluate.series_figures(slices, reading)
+    found = series, evaluate.pair_figures(slices, reading)
+    marked = [evaluate.mark_figures(slices, reading, path) for path in marks]
+    text = evaluate.to_markdown(*found, marked)
     click.echo(text)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / "evaluation.md").write_text(text)
-        (out / "evaluation.json").write_text(json.dumps(evaluate.to_json(series, pairs), indent=1))
+        write_json(out / "evaluation.json", evaluate.to_json(*found, marked))
+        evaluate.plot(slices, reading, series, out / "evaluation.png")
 
 
 @main.command("calibrate")
@@ -299,12 +304,12 @@ def calibrate_(
 @click.option("--commit", default="", help="Commit of the code that trained it.")
 def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str) -> None:
     """Write a run as a weight bundle; calibrate it first."""
-    from training import export, train
+    from training import evaluate, export, train
 
     if not (run / "heights.json").exists():
         raise click.ClickException(f"{run} is not calibrated: python -m training calibrate")
     _, config, _ = train.load(run)
-    heights = _heights(run, config)
+    heights = evaluate.heights_of(run, config.mm_per_score)
     path = run / "regions.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     click.echo(
@@ -339,7 +344,7 @@ def _table1(
     spec = banks.load(bank).spec if bank else PreprocessSpec()
     folded = readers.Folds(default=run, spec=spec)
     if folds:
-        folded = readers.Folds.from_json(folds, spec)
+        folded = readers.Folds.from_json(folds / "folds.json", spec)
     config = protocol.QUICK if quick else protocol.ProtocolConfig()
     try:
         compared = table.methods(methods)
@@ -370,13 +375,6 @@ def _table1(
     (out / "table1.json").write_text(json.dumps(values, indent=1))
     (out / "table1.md").write_text(text)
     table.plot(results, out / "table1.png")
-
-
-def _heights(run: Path, config: "TrainConfig") -> HeightMap:
-    path = run / "heights.json"
-    if path.exists():
-        return HeightMap(**json.loads(path.read_text()))
-    return HeightMap(config.mm_per_score, 0.0, 0.0)  # the unit that the loss asked for
 
 
 def _progress() -> Progress:

@@ -46,9 +46,15 @@ class StackSampler:
     """Draws (positions in the bank, z) of stacks: volume by share, then step, then start."""
 
     def __init__(
-        self, series: list[BankSeries], shares: list[Share], *, m: int, max_gap_mm: float
+        self,
+        series: list[BankSeries],
+        shares: list[Share],
+        *,
+        m: int,
+        max_gap_mm: float,
+        ends: float = 0.0,
     ) -> None:
-        self.m, self.max_gap_mm = m, max_gap_mm
+        self.m, self.max_gap_mm, self.ends = m, max_gap_mm, ends
         # Equal steps in the bank are equal steps in mm only where no slice is missing.
         self.series = [
             s for s in series if len(s.z_mm) >= m and not geometry.spacing_flags(np.asarray(s.z_mm))
@@ -69,7 +75,11 @@ class StackSampler:
             spacing = (z[-1] - z[0]) / (len(z) - 1)
             longest = min((len(z) - 1) // (self.m - 1), max(1, int(self.max_gap_mm / spacing)))
             step = rng.integers(1, longest + 1)
-            start = rng.integers(0, len(z) - step * (self.m - 1))
+            last = len(z) - 1 - step * (self.m - 1)
+            start = rng.integers(0, last + 1)
+            # Drawn evenly, a stack seldom holds the first or the last slices: the vertex.
+            if self.ends and rng.random() < self.ends:
+                start = last if rng.random() < 0.5 else 0
             local = start + step * np.arange(self.m)
             index[row] = self.series[k].start + local
             z_mm[row] = z[local]

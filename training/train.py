@@ -8,6 +8,7 @@ Needs numpy, torch and click alone, so that it runs where nothing else is instal
 
 import ctypes
 import dataclasses
+import fnmatch
 import json
 import sys
 import time
@@ -48,6 +49,7 @@ class TrainConfig:
     stacks: int = 32  # a batch
     m: int = 8  # slices a stack
     max_gap_mm: float = 60.0
+    ends: float = 0.0  # probability of a stack that begins or ends with its Series
     lr: float = 1e-3
     weight_decay: float = 1e-2
     warmup: int = 100
@@ -63,6 +65,7 @@ class TrainConfig:
     min_slices: int = 8
     augmentation: Augmentation | None = None
     shares: tuple[Share, ...] = (Share("*", 1.0),)
+    exclude: tuple[str, ...] = ()  # patterns of patients that are never trained on
     held_out: tuple[str, ...] = ()  # patients kept out of training
 
     @classmethod
@@ -95,8 +98,9 @@ class TrainConfig:
             values["augmentation"] = _known(Augmentation, values["augmentation"], "augmentation.")
         if "shares" in values:
             values["shares"] = tuple(_known(Share, s, "shares.") for s in values["shares"])
-        if "held_out" in values:
-            values["held_out"] = tuple(values["held_out"])
+        for key in ("held_out", "exclude"):
+            if key in values:
+                values[key] = tuple(values[key])
         return _known(cls, values)
 
 
@@ -141,9 +145,17 @@ def train(
     series = [
         s
         for s in bank.series
-        if s.patient not in config.held_out and len(s.z_mm) >= config.min_slices
+        if s.patient not in config.held_out
+        and len(s.z_mm) >= config.min_slices
+        and not any(fnmatch.fnmatch(s.patient, pattern) for pattern in config.exclude)
     ]
-    sampler = StackSampler(series, list(config.shares), m=config.m, max_gap_mm=config.max_gap_mm)
+    sampler = StackSampler(
+        series,
+        list(config.shares),
+        m=config.m,
+        max_gap_mm=config.max_gap_mm,
+        ends=config.ends,
+    )
     mine = parallel.share(config.stacks)
     net = parallel.prepare(network.build(config.network).to(device), device).train()
     average = network.build(config.network).to(device).eval()

@@ -106,7 +106,12 @@ def is_empty(x: Input, spec: PreprocessSpec) -> bool:
     broke the curves of 60 of the 64 head and neck series that the default bundle saw.
     """
     body = x > np.interp(spec.body_hu, spec.hu, spec.value)
-    return bool(body.sum() * spec.pixel_mm**2 < spec.body_mm2)
+    if body.sum() * spec.pixel_mm**2 < spec.body_mm2:
+        return True
+    # A head holder is a shell, one or two pixels thick: only what holds 3 x 3 pixels is body.
+    inner = body[:-2] & body[1:-1] & body[2:]
+    inner = inner[:, :-2] & inner[:, 1:-1] & inner[:, 2:]
+    return not inner.any()
 
 
 def compand(image_hu: Image, spec: PreprocessSpec) -> Input:
