@@ -337,7 +337,7 @@ def _table1(
     quick: bool,
 ) -> None:
     """Make, score and align the pairs of Table 1; go on where an earlier run stopped."""
-    from training import pairs, protocol, readers, table
+    from training import covariance, pairs, protocol, readers, table
 
     if not out:
         raise click.UsageError("--table1 needs --out, where its pairs are kept")
@@ -346,10 +346,8 @@ def _table1(
     if folds:
         folded = readers.Folds.from_json(folds / "folds.json", spec)
     config = protocol.QUICK if quick else protocol.ProtocolConfig()
-    try:
-        compared = table.methods(methods)
-    except KeyError as exc:
-        raise click.UsageError(f"no method {exc}: {', '.join(table.methods())}") from exc
+    if unknown := sorted(set(methods) - set(table.methods())):
+        raise click.UsageError(f"no method {unknown[0]}: {', '.join(table.methods())}")
     with _progress() as bar:
         task = bar.add_task("reading headers", total=None)
         found = archive.index(archives, progress=lambda n: bar.advance(task, n))
@@ -364,6 +362,11 @@ def _table1(
             found.series, out, config, folded, spec=spec, workers=workers, progress=report
         )
         made = pairs.load(out)
+        # Robust learns how curves err from other patients than those it is measured on.
+        teaching = [p for p in made if p.kind in (protocol.Kind.FOLLOW_UP, protocol.Kind.STRESS)]
+        task = bar.add_task("learning covariances", total=covariance.SPLITS)
+        learned = covariance.by_split(teaching, progress=lambda n: bar.advance(task, n))
+        compared = table.methods(methods, learned)
         task = bar.add_task("aligning", total=len(made))
         results = table.measure(made, compared, lambda n: bar.advance(task, n))
     figures = table.figures(results, draws=200 if quick else 2000)

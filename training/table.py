@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dicomnode.core import align, fasta
+from dicomnode.core.robust import Covariance
 from dicomnode.model import Floats, Method, OffsetStatus
 from training import protocol
 from training.pairs import Pair
@@ -64,9 +65,14 @@ class Result:
         return np.nan if self.offset_mm is None else self.offset_mm - self.truth_mm
 
 
-def methods(names: Iterable[str] = ()) -> dict[str, PairMethod]:
-    """Return the methods to compare, of these names or all: those of `align`, then FASTA."""
-    known: dict[str, PairMethod] = {str(m): _by_curves(m) for m in Method}
+def methods(
+    names: Iterable[str] = (), covariances: Mapping[str, Covariance] | None = None
+) -> dict[str, PairMethod]:
+    """Return the methods to compare, of these names or all: those of `align`, then FASTA.
+
+    `covariances` is patient -> what other patients taught the robust method.
+    """
+    known: dict[str, PairMethod] = {str(m): _by_curves(m, covariances or {}) for m in Method}
     known["FASTA"] = _by_fasta
     return {name: known[name] for name in names or known}
 
@@ -320,10 +326,11 @@ def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [_plain(r) for r in results]
 
 
-def _by_curves(method: Method) -> PairMethod:
+def _by_curves(method: Method, covariances: Mapping[str, Covariance]) -> PairMethod:
     def run(pair: Pair) -> Answer:
+        covariance = covariances.get(pair.patient)
         started = time.perf_counter()
-        offset = align.align(pair.fixed, pair.moving, method)
+        offset = align.align(pair.fixed, pair.moving, method, covariance)
         seconds = time.perf_counter() - started
         return Answer(offset.offset_mm, offset.sigma_mm, str(offset.status), seconds)
 

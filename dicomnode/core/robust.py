@@ -95,7 +95,7 @@ def robust(fixed: ScoreCurve, moving: ScoreCurve, covariance: Covariance | None)
     for curve, name in ((fixed, "fixed"), (moving, "moving")):
         if curve.quality.slope <= 0:
             return _refuse(f"the {name} scan's body height does not grow towards the head")
-    f, m = _bin(fixed, covariance), _bin(moving, covariance)
+    f, m = binned(fixed, covariance), binned(moving, covariance)
     offset_mm, sd = posterior(f, m, covariance)
     sigma_mm = sd * covariance.factor
     if sigma_mm > covariance.refuse_sigma_mm:
@@ -162,6 +162,18 @@ def log_likelihood(
     return -log_det - 0.5 * (white**2).sum(1), farthest
 
 
+def log_joint(f: Binned, m: Binned, c: Covariance, offset_mm: float) -> float:
+    """Return the log likelihood of both curves where the offset is known, up to a constant.
+
+    What a covariance is learned by.
+    """
+    noise_f, noise_m = (np.full(len(b.z_mm), c.noise_sd_mm**2) for b in (f, m))
+    k, y = _joint(f, m, c, noise_f, noise_m, offset_mm)
+    root = np.linalg.cholesky(k)
+    white = np.linalg.solve(root, y)
+    return -float(np.log(np.diag(root)).sum() + 0.5 * white @ white)
+
+
 def _search(
     f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats
 ) -> tuple[float, float, float]:
@@ -203,13 +215,21 @@ def _leave_one_out(
     f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats, offset_mm: float
 ) -> Floats:
     """Standardised error of each bin, fixed then moving, against all others (equation 5.12)."""
+    k, y = _joint(f, m, c, noise_f, noise_m, offset_mm)
+    inverse = np.linalg.inv(k)
+    z: Floats = (inverse @ y) / np.sqrt(np.diag(inverse))
+    return z
+
+
+def _joint(
+    f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats, offset_mm: float
+) -> tuple[Floats, Floats]:
+    """Covariance (n, n) and values (n,) of all bins, fixed then moving, moved by the offset."""
     lag = f.z_mm[:, None] - m.z_mm[None, :] - offset_mm
     cross = _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)
     k = np.block([[_own(f, c) + np.diag(noise_f), cross], [cross.T, _own(m, c) + np.diag(noise_m)]])
-    inverse = np.linalg.inv(k)
     y = np.concatenate([f.excess_mm, m.excess_mm - offset_mm]) - np.median(f.excess_mm)
-    z: Floats = (inverse @ y) / np.sqrt(np.diag(inverse))
-    return z
+    return k, y
 
 
 def _own(b: Binned, c: Covariance) -> Floats:
@@ -236,7 +256,8 @@ def _matern(x: Floats) -> Floats:
     return k
 
 
-def _bin(curve: ScoreCurve, c: Covariance) -> Binned:
+def binned(curve: ScoreCurve, c: Covariance) -> Binned:
+    """Return a curve in bins of `c.bin_mm`, wider ones where there would be too many."""
     extent = float(curve.z_mm[-1] - curve.z_mm[0])
     width = max(c.bin_mm, extent / MAX_BINS)
     count = max(2, int(extent / width))
