@@ -19,6 +19,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.align
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -6,14 +6,14 @@ image, with linear interpolation. The paper lets an optimizer visit the translat
 here all translations along z come from one matrix product of slices,
 `|f - m|^2 = |f|^2 + |m|^2 - 2 f m`, of which each is a diagonal.
 
-The paper names the counts, not the widths. Chosen here: centres of both volumes on each other are
+The counts are the paper's, the widths are chosen here: centres of both volumes on each other are
 the middle of the grid; along z it reaches as far as `MIN_OVERLAP_MM` of overlap, in plane
 `IN_PLANE_MM` to either side.
 
 References
 ----------
 Meine and Hering 2019, "Efficient Prealignment of CT Scans for Registration through a
-Bodypart Regressor", section 3.
+Bodypart Regressor".
 """
 
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import ingest
 from benchmarks.ingest import DCMTK, ORTHANC, OURS, PYNETDICOM, WHOLE, Figures, Key
+from dicomnode.core.align import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,3 +130,19 @@ def test_summary_divides_ours_by_theirs():
 def test_the_sender_of_ingest_is_that_of_dcmtk_and_not_of_pynetdicom():
     beside_us = shutil.which("storescu", path=str(Path(sys.executable).parent))
     assert ingest.dcmtk("storescu") != beside_us
+
+
+def test_align_measures_every_method_and_finds_what_itk_finds():
+    command = [sys.executable, "-m", "benchmarks.align", "--quick", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"pair_ms", "priors_100k_s", "fasta_s", "fasta_simpleitk_s"} <= set(result)
+    assert [row["method"] for row in result["rows"]] == [str(m) for m in METHODS]
+    assert all(row["ms"] > 0 for row in result["rows"])
+    assert result["pair_ms"] == result["rows"][-1]["ms"]
+    assert result["priors_100k_s"] is None  # quick compares with fewer
+    assert result["fasta"]["same_minimum"] is True
+    assert result["fasta"]["grid"] == [71, 3, 3]
+    ratio = result["fasta_s"] / result["fasta_simpleitk_s"]
+    assert result["ratios"]["fasta_simpleitk"] == pytest.approx(ratio, rel=1e-2)
