@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import fasta_itk
+from dicomnode import weights
 from dicomnode.core import align, fasta, phantom, priors
-from dicomnode.model import Quality, ScoreCurve
+from dicomnode.model import Method, Quality, ScoreCurve
 
 SAMPLES = 600
 STORED, QUICK_STORED = 100_000, 10_000
@@ -104,8 +105,11 @@ def pair_rows(rng: np.random.Generator, repeats: int) -> list[dict[str, Any]]:
     fixed = _curve(rng, heights[:SAMPLES], 120.0)
     moving = _curve(rng, heights[-SAMPLES:], -310.0)
     rows = []
-    for method in align.METHODS:
-        seconds = _median_s(lambda m=method: align.align(fixed, moving, m), 10 * repeats)
+    covariance = weights.covariance_of(weights.read_manifest())
+    for method in Method:
+        seconds = _median_s(
+            lambda m=method: align.align(fixed, moving, m, covariance), 10 * repeats
+        )
         rows.append({"method": str(method), "samples": SAMPLES, "ms": _round(1e3 * seconds)})
     return rows
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import ingest
 from benchmarks.ingest import DCMTK, ORTHANC, OURS, PYNETDICOM, WHOLE, Figures, Key
-from dicomnode.core.align import METHODS
+from dicomnode.model import Method
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +138,7 @@ def test_align_measures_every_method_and_finds_what_itk_finds():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert {"pair_ms", "priors_100k_s", "fasta_s", "fasta_simpleitk_s"} <= set(result)
-    assert [row["method"] for row in result["rows"]] == [str(m) for m in METHODS]
+    assert [row["method"] for row in result["rows"]] == [str(m) for m in Method]
     assert all(row["ms"] > 0 for row in result["rows"])
     assert result["pair_ms"] == result["rows"][-1]["ms"]
     assert result["priors_100k_s"] is None  # quick compares with fewer
