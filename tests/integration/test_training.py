@@ -21,7 +21,7 @@ from dicomnode.errors import ConfigError
 from dicomnode.model import PatientKey
 from dicomnode.node.score import Scorer
 from tests.dicom import ct_dataset, part10
-from training import archive, calibrate, evaluate, export, fill, losses, train
+from training import archive, calibrate, evaluate, export, fill, folds, losses, train
 from training import bank as banks
 from training.__main__ import main
 from training.bank import Bank
@@ -364,6 +364,11 @@ def run(tmp_path_factory, bank) -> Path:
 
 
 @pytest.fixture(scope="module")
+def reading(run, bank) -> evaluate.Reading:
+    return evaluate.read_run(run, bank)
+
+
+@pytest.fixture(scope="module")
 def scores(run, bank) -> dict[str, Any]:
     return evaluate.score_bank(train.load(run)[0], bank)
 
@@ -415,9 +420,8 @@ def test_a_calibration_without_its_series_is_refused(bank, scores, zero, patient
         calibrate.fit(bank, scores, zero=zero, patients=patients)
 
 
-def test_an_evaluation_tells_seen_from_unseen_patients(bank, scores):
-    heights = HeightMap(10.0, 0.0, 0.0)
-    figures = evaluate.series_figures(bank, scores, heights, held_out=("P3",))
+def test_an_evaluation_tells_seen_from_unseen_patients(bank, reading, scores):
+    figures = evaluate.series_figures(bank, reading)
     assert [(f.patient, f.seen) for f in figures] == [
         ("P3", False),
         ("P1", True),
@@ -432,23 +436,63 @@ def test_an_evaluation_tells_seen_from_unseen_patients(bank, scores):
     assert (first.lowest_mm, first.highest_mm) == (height_mm.min(), height_mm.max())
 
 
-def test_an_evaluation_aligns_the_series_of_one_patient(bank, scores):
+def test_an_evaluation_aligns_the_series_of_one_patient(bank, reading):
     """The same body, moved: the offset is the way it was moved, whatever the network knows."""
-    (pair,) = evaluate.pair_figures(bank, scores, HeightMap(10.0, 0.0, 0.0), held_out=())
+    (pair,) = evaluate.pair_figures(bank, reading)
     assert (pair.patient, pair.fixed, pair.moving) == ("P1", "1.2.11", "1.2.12")
     assert (pair.seen, pair.same_study) == (True, False)
     assert pair.l1_mm == pytest.approx(-SHIFT_MM)
 
 
-def test_an_evaluation_can_be_written(bank, scores):
-    heights = HeightMap(10.0, 0.0, 0.0)
-    series = evaluate.series_figures(bank, scores, heights, held_out=("P3",))
-    pairs = evaluate.pair_figures(bank, scores, heights, held_out=("P3",))
+def test_an_evaluation_can_be_written(tmp_path, bank, reading):
+    series = evaluate.series_figures(bank, reading)
+    pairs = evaluate.pair_figures(bank, reading)
     text = evaluate.to_markdown(series, pairs)
-    assert "| P | no | 1 |" in text and "| P | yes | 3 |" in text
     assert "| P1 | yes | no | -50.0 |" in text
     values = json.loads(json.dumps(evaluate.to_json(series, pairs)))
     assert len(values["series"]) == 5 and len(values["pairs"]) == 1
+    counted = {(s["part"], s["seen"]): s["series"] for s in values["summary"]}
+    assert sum(counted.values()) == 5 and counted[evaluate.PHANTOM, True] == 1
+    evaluate.plot(bank, reading, series, tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_marked_anatomy_is_read_along_its_line(tmp_path, bank):
+    """Heights that are 1.1 times the position: slope 1.1, nothing left."""
+    height_mm = {s.series_uid: 1.1 * np.asarray(s.z_mm) for s in bank.series}
+    read = evaluate.Reading(height_mm, frozenset(), frozenset())
+    marks = tmp_path / "marks.json"
+    vertebrae = {f"T{k}": {"z_mm": 90.0 + 10 * k} for k in range(1, 6)}
+    marks.write_text(json.dumps({"series": "1.2.21", "vertebrae": vertebrae}))
+    found = evaluate.mark_figures(bank, read, marks)
+    assert (found.marks, found.seen) == (5, True)
+    assert found.slope == pytest.approx(1.1) and found.residual_sd_mm == pytest.approx(0, abs=1e-6)
+    marks.write_text(json.dumps({"series": "1.9", "vertebrae": vertebrae}))
+    with pytest.raises(ConfigError, match=r"1\.9"):
+        evaluate.mark_figures(bank, read, marks)
+
+
+def test_every_patient_is_held_out_by_one_fold_and_read_by_it(tmp_path, bank):
+    config = replace(FULL, steps=3, stacks=2, m=4, augmentation=None)
+    told = []
+    folds.run(bank, config, tmp_path, count=3, report=lambda k, p: told.append((k, p.step)))
+    assert {k for k, _ in told} == {0, 1, 2}
+    listing = json.loads((tmp_path / "folds.json").read_text())
+    assert sorted(listing) == ["P1", "P2", "P3", "phantom-0"]
+    for k in range(3):
+        _, saved, steps = train.load(tmp_path / f"fold-{k}")
+        assert steps == 3
+        assert set(saved.held_out) == {p for p, f in listing.items() if f == f"fold-{k}"}
+    reading = evaluate.read_folds(tmp_path, bank)
+    assert reading.unseen == set(listing)
+    assert reading.height_mm.keys() == {s.series_uid for s in bank.series}
+    # Again, nothing is left to do; a fold that saw its patients is refused.
+    told.clear()
+    folds.run(bank, config, tmp_path, count=3, report=lambda k, p: told.append(k))
+    assert not told
+    (tmp_path / "folds.json").write_text(json.dumps(dict.fromkeys(listing, "fold-0")))
+    with pytest.raises(ConfigError, match="fold-0"):
+        evaluate.read_folds(tmp_path, bank)
 
 
 def test_an_exported_bundle_scores_as_the_run_does(tmp_path, run, bank, scores):

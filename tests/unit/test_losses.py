@@ -20,6 +20,26 @@ def test_order_by_hand():
     assert losses.order(score).item() == pytest.approx((first + second) / 2, rel=1e-5)
 
 
+def test_anchored_by_hand():
+    # 10 mm a step: errors of 0.5 and 3 steps; smooth-l1 with beta 1; NaN counts for nothing.
+    score = torch.tensor([[1.5, 7.0], [100.0, -2.0]])
+    height = torch.tensor([[10.0, 40.0], [float("nan"), float("nan")]])
+    expected = (0.5 * 0.5**2 + (3 - 0.5)) / 2
+    assert losses.anchored(score, height, 10.0).item() == pytest.approx(expected)
+
+
+def test_anchored_of_no_landmark_has_no_gradient():
+    score = torch.ones(2, 3, requires_grad=True)
+    losses.anchored(score, torch.full((2, 3), float("nan")), 10.0).backward()
+    assert score.grad is not None and (score.grad == 0).all()
+
+
+def test_below_by_hand():
+    score = torch.tensor([[-60.0, -40.0], [5.0, 6.0]])
+    highest = torch.tensor([[-460.0, -460.0], [float("inf"), float("inf")]])
+    assert losses.below(score, highest, 10.0).item() == pytest.approx(6.0 / 4)
+
+
 def test_order_of_equal_scores_is_log_2_a_pair():
     assert losses.order(torch.zeros(4, 8)).item() == pytest.approx(7 * math.log(2), rel=1e-5)
 

@@ -17,7 +17,7 @@ from training.train import TrainConfig, load, train
 ALL = [Share("*", 1.0)]
 SHARES = (Share("b", 2.0), Share("*", 1.0))
 STILL = Augmentation(
-    scale=0, aspect=0, rotation_degrees=0, shift_pixels=0, flip=0, mask=0, noise=0, blur=0,
+    scale=0, aspect=0, rotation_degrees=0, shift=0, flip=0, mask=0, noise=0, blur=0,
     value_shift=0, value_scale=0,
 )  # fmt: skip
 
@@ -117,6 +117,19 @@ def test_series_are_drawn_by_their_share():
     # 0.5, then 0.25 for each of two patients; four standard deviations of 4000 draws.
     for k, share in enumerate([0.5, 0.125, 0.125, 0.25]):
         assert count[k] / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+
+
+def test_the_ends_of_a_series_can_be_drawn_more_often():
+    members = [series("a", n=101)]
+    at_an_end = {}
+    for ends in (0.0, 0.5):
+        drawer = StackSampler(members, ALL, m=3, max_gap_mm=50.0, ends=ends)
+        index, _ = drawer.draw(np.random.default_rng(0), 2000)
+        assert index.min() >= 0 and index.max() <= 100
+        at_an_end[ends] = float(((index[:, 0] == 0) | (index[:, -1] == 100)).mean())
+    # Evenly, 2 of some 90 places; four standard deviations of 2000 draws.
+    assert at_an_end[0.0] == pytest.approx(0.022, abs=0.02)
+    assert at_an_end[0.5] == pytest.approx(0.511, abs=0.045)
 
 
 def test_the_same_seed_varies_the_same_way():
