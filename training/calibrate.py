@@ -223,9 +223,9 @@ def drawn_landmarks(find: Finder, spec: PreprocessSpec) -> dict[str, float]:
     found = {
         name: z
         for name, z in find(inputs, z_mm, spec).items()
-        if name in anatomy.LANDMARKS and abs(z - anatomy.LANDMARKS[name]) <= MISSED_MM
+        if name in regions.REFERENCE and abs(z - regions.REFERENCE[name]) <= MISSED_MM
     }
-    return {**anatomy.LANDMARKS, **found}
+    return {**regions.REFERENCE, **found}
 
 
 def _counts(patient: str, patterns: tuple[str, ...]) -> bool:

@@ -56,7 +56,11 @@ VERTEBRAE = dict(
 )
 # Landmarks whose place in the drawn adult is known; others a finder may offer are not fixed
 # points: arms move the shoulders, breathing and disease the level where the lungs are widest.
-FIXED = ("femoral_heads", "iliac_crest", "lung_base", "carina", "lung_apex", "vertex")
+FIXED = ("femoral_heads", "iliac_crest", "lung_base", "carina", "lung_apex", "neck", "vertex")
+# Where a finder that cannot be asked puts them, mm above the promontory. The neck is narrowest
+# just below the laryngeal prominence, which lies at C4 in women, C5 in men (Mirjalili et al. 2012).
+REFERENCE = {name: at_mm for name, at_mm in anatomy.LANDMARKS.items() if name in FIXED}
+REFERENCE["neck"] = VERTEBRAE["C5"][1]
 # A soft organ lies at its commonest level of one vertebra in 54 to 62 % of adults (hyoid, carotid
 # bifurcation, thyroid cartilage, by CT: Mirjalili et al., Clin Anat 25:851, 2012): of a normal
 # distribution, half a level is then 0.77 sd.
@@ -97,6 +101,7 @@ class BodyMap:
     at_mm: Floats  # (K,) in the drawn adult, increasing
     height_mm: Floats  # (K,) body height, increasing
     sd_mm: Floats  # (K,) of the body height of a landmark, between patients
+    drawn_sd_mm: Floats  # (K,) of where the landmark lies in the drawn adult
     slope: float
     rate: float  # sd a mm of distance of what is placed in proportion
 
@@ -107,8 +112,12 @@ class BodyMap:
 
     def sd(self, at_mm: float) -> float:
         """Return the sd between patients of the body height of a level, mm."""
-        of_landmarks = float(np.interp(at_mm, self.at_mm, self.sd_mm))
-        return float(np.hypot(of_landmarks, self.rate * self.distance(at_mm)))
+        variances = (
+            np.interp(at_mm, self.at_mm, self.sd_mm) ** 2,
+            np.interp(at_mm, self.at_mm, self.drawn_sd_mm) ** 2,
+            (self.rate * self.distance(at_mm)) ** 2,
+        )
+        return float(np.sqrt(sum(variances)))
 
     def distance(self, at_mm: float) -> float:
         """Return how far a level is from the landmarks that place it, mm.
@@ -142,7 +151,7 @@ def region_table(
         Of the map of scores to body heights; no limit is known better.
     reference
         Name -> height in the drawn adult, mm above the promontory, where a finder puts a
-        landmark in it; `anatomy.LANDMARKS` where none is given.
+        landmark in it; `REFERENCE` where none is given.
     """
     body = body_map(landmarks, residual_sd_mm, reference)
     return [
@@ -178,11 +187,11 @@ def body_map(
 
     Landmarks that contradict the order of the body are left out, those of fewer patients first.
     """
-    where = reference_heights(reference or anatomy.LANDMARKS)
+    where = reference_heights(reference or REFERENCE)
     used = [
         name
         for name, found in landmarks.items()
-        if name in FIXED and name in where and found.patients >= MIN_PATIENTS
+        if name in where and found.patients >= MIN_PATIENTS
     ]
     kept: list[str] = []
     for name in sorted(used, key=lambda n: (-landmarks[n].patients, n)):
@@ -198,7 +207,9 @@ def body_map(
     # A median of n patients has itself a variance of pi / 2n (of a normal distribution).
     sd = sd * np.sqrt(1 + np.pi / 2 / np.array([landmarks[n].patients for n in kept]))
     slope = float(np.clip(np.polyfit(at, height, 1)[0], *RATE_RANGE)) if len(kept) > 1 else 1.0
-    return BodyMap(tuple(kept), at, height, sd, slope, _rate(at, height))
+    drawn_sd = np.array([_drawn_sd(n) for n in kept])
+    rate = _rate(at, height, drawn_sd)
+    return BodyMap(tuple(kept), at, height, sd, drawn_sd, slope, rate)
 
 
 def reference_heights(found: Mapping[str, float]) -> dict[str, float]:
@@ -232,15 +243,20 @@ def _limit(point: Point, body: BodyMap | None) -> Limit:
     return Limit(Support.PROPORTION, round(body(point.at_mm), 1), round(sd, 1))
 
 
-def _rate(at: Floats, height: Floats) -> float:
-    """Return how well the landmarks place each other in proportion, sd a mm of distance."""
-    errors = []
+def _rate(at: Floats, height: Floats, drawn_sd: Floats) -> float:
+    """Return how well the landmarks place each other in proportion, sd a mm of distance.
+
+    Each but the outermost is left out in turn and placed by the others. What the error exceeds
+    the doubt about its place in the drawn adult grows with distance.
+    """
+    squares = []
     for left_out in range(1, len(at) - 1):
         rest = [i for i in range(len(at)) if i != left_out]
         told = np.interp(at[left_out], at[rest], height[rest])
         below, above = at[left_out] - at[left_out - 1], at[left_out + 1] - at[left_out]
-        errors.append((told - height[left_out]) * (below + above) / (below * above))
-    return max(LEAST_RATE, float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0)
+        excess = max((told - height[left_out]) ** 2 - drawn_sd[left_out] ** 2, 0.0)
+        squares.append(excess * ((below + above) / (below * above)) ** 2)
+    return max(LEAST_RATE, float(np.sqrt(np.mean(squares))) if squares else 0.0)
 
 
 def _bpreg_mm(score: float) -> float:
@@ -254,6 +270,16 @@ def _published_shift(name: str) -> float:
     if name not in BPREG_LANDMARKS:
         return 0.0
     return (_bpreg_mm(BPREG_LANDMARKS[name]) - anatomy.LANDMARKS[name]) / 2
+
+
+def _drawn_sd(name: str) -> float:
+    """Return how well the place of a landmark in the average adult is known, mm.
+
+    Half of what two tables differ by; of soft parts that only one of them has, a share of a level.
+    """
+    if name in ("carina", "neck"):
+        return _soft(REFERENCE[name]).spread_mm
+    return abs(_published_shift(name))
 
 
 def _landmark(name: str) -> Point:

@@ -21,7 +21,17 @@ from dicomnode.errors import ConfigError
 from dicomnode.model import PatientKey
 from dicomnode.node.score import Scorer
 from tests.dicom import ct_dataset, part10
-from training import archive, calibrate, evaluate, export, fill, folds, losses, train
+from training import (
+    archive,
+    calibrate,
+    evaluate,
+    export,
+    fill,
+    folds,
+    losses,
+    regions,
+    train,
+)
 from training import bank as banks
 from training.__main__ import main
 from training.bank import Bank
@@ -420,6 +430,80 @@ def test_a_calibration_without_its_series_is_refused(bank, scores, zero, patient
         calibrate.fit(bank, scores, zero=zero, patients=patients)
 
 
+STRAIGHT_MM = {"lung_base": 60.0, "lung_apex": 300.0}  # above the lowest slice of a made body
+
+
+def made_finder(inputs, z_mm, spec) -> dict[str, float]:
+    """Landmarks at fixed distances; in the drawn adult, which is drawn finer, where they are."""
+    if z_mm[1] - z_mm[0] < 5:
+        return {"lung_base": 200.0, "lung_apex": 460.0, "carina": 900.0}
+    return {name: float(z_mm[0]) + mm for name, mm in STRAIGHT_MM.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(bank) -> dict[str, Any]:
+    """Scores of a perfect network: every body alike, a unit a cm, each table at its own height."""
+    return {s.series_uid: (np.asarray(s.z_mm) - s.z_mm[0]) / 10 for s in bank.series}
+
+
+def test_the_drawn_adult_goes_through_the_finder(bank):
+    reference = calibrate.drawn_landmarks(made_finder, bank.spec)
+    assert (reference["lung_base"], reference["lung_apex"]) == (200.0, 460.0)
+    assert reference["carina"] == regions.REFERENCE["carina"]  # a landmark missed is none
+    assert reference["femoral_heads"] == regions.REFERENCE["femoral_heads"]
+
+
+def test_landmarks_of_phantoms_and_of_other_patients_do_not_count(bank):
+    assert set(calibrate.find_landmarks(bank, made_finder)) == {
+        "1.2.11",
+        "1.2.12",
+        "1.2.21",
+        "1.2.31",
+    }
+    assert set(calibrate.find_landmarks(bank, made_finder, ("P2", "phan*"))) == {"1.2.21"}
+
+
+def test_height_0_and_regions_come_from_landmarks(bank, straight):
+    result = calibrate.calibrate(bank, straight, find=made_finder)
+    found = result.landmarks
+    assert {name: f.patients for name, f in found.items()} == {"lung_base": 3, "lung_apex": 3}
+    base, apex = found["lung_base"], found["lung_apex"]
+    assert apex.height_mm - base.height_mm == pytest.approx(240.0)
+    # The middle of S1 lies below the lung base as it does in the average adult, to scale.
+    places = regions.reference_heights({"lung_base": 200.0, "lung_apex": 460.0})
+    share = (places["lung_base"] - regions.ZERO_MM) / (places["lung_apex"] - places["lung_base"])
+    assert base.height_mm == pytest.approx(240.0 * share)
+    chest = next(r for r in result.regions if r.name == "chest")
+    assert (chest.low_mm, chest.high_mm) == pytest.approx(
+        (base.height_mm, apex.height_mm), abs=0.06
+    )
+    assert "S1" in result.zero
+    text = result.to_markdown()
+    assert "| lung_base |" in text and "**chest**" in text and "unsupported" in text
+
+
+def test_height_0_can_be_named_and_regions_follow_it(bank, straight):
+    free = calibrate.calibrate(bank, straight, find=made_finder)
+    lowest = bank.series[2].z_mm[0]
+    assert bank.series[2].series_uid == "1.2.21"
+    named = calibrate.calibrate(bank, straight, find=made_finder, zero=("1.2.21", lowest))
+    assert named.heights.intercept_mm == pytest.approx(0.0)
+    assert named.landmarks["lung_base"].height_mm == pytest.approx(60.0)
+    moved = named.landmarks["lung_base"].height_mm - free.landmarks["lung_base"].height_mm
+    for before, after in zip(free.regions, named.regions, strict=True):
+        for a, b in ((before.low_mm, after.low_mm), (before.high_mm, after.high_mm)):
+            assert (a is None) == (b is None)
+            assert a is None or b - a == pytest.approx(moved, abs=0.11)
+
+
+def test_without_landmarks_height_0_must_be_named(bank, straight):
+    nothing: Any = lambda inputs, z_mm, spec: {}  # noqa: E731
+    with pytest.raises(ValueError, match="no landmark of"):
+        calibrate.calibrate(bank, straight, find=nothing)
+    result = calibrate.calibrate(bank, straight, find=nothing, zero=("1.2.21", 0.0))
+    assert {r.low.support for r in result.regions} == {"unsupported"}
+
+
 def test_an_evaluation_tells_seen_from_unseen_patients(bank, reading, scores):
     figures = evaluate.series_figures(bank, reading)
     assert [(f.patient, f.seen) for f in figures] == [
@@ -570,7 +654,13 @@ def test_the_command_line_goes_from_an_archive_to_a_bundle(tmp_path, folder):
     assert refused.exit_code == 1 and "not calibrated" in refused.output
     call("calibrate", "--bank", bank, "--run", run, "--zero", "1.2.21", "100")
     digest = call("export", "--bank", bank, "--run", run, "--name", "site", "--out", out)
-    assert weights.load(out).digest == digest.strip()
+    bundle = weights.load(out)
+    assert bundle.digest == digest.strip()
+    assert bundle.manifest["training"]["height_zero"] == "100 mm in Series 1.2.21"
+    table = json.loads((run / "regions.json").read_text())
+    assert [r.name for r in bundle.regions] == [r["name"] for r in table["regions"]]
+    assert len(bundle.regions) == len(regions.CATALOGUE)
+    assert "| **chest** | 816094009 |" in (run / "regions.md").read_text()
 
 
 def test_the_command_line_says_when_an_archive_holds_nothing_to_train_on(tmp_path):
