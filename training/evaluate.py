@@ -80,8 +80,8 @@ def pair_figures(
     for patient, members in by_patient.items():
         members = sorted(members, key=lambda s: s.z_mm[0] - s.z_mm[-1])  # longest first
         for fixed, moving in combinations(members, 2):
-            f = _curve(fixed, scores[fixed.series_uid], heights)
-            m = _curve(moving, scores[moving.series_uid], heights)
+            f = curve_of(fixed, scores[fixed.series_uid], heights)
+            m = curve_of(moving, scores[moving.series_uid], heights)
             figures.append(
                 PairFigures(
                     patient=patient,
@@ -127,13 +127,8 @@ def to_markdown(series: list[SeriesFigures], pairs: list[PairFigures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _collection(patient: str) -> str:
-    """The collection a patient's name begins with: letters up to the first figure."""
-    head = patient.split("_")[0].split("-")[0]
-    return head.rstrip("0123456789") or patient
-
-
-def _curve(series: BankSeries, score: Floats, heights: HeightMap) -> ScoreCurve:
+def curve_of(series: BankSeries, score: Floats, heights: HeightMap) -> ScoreCurve:
+    """Return the curve of a Series of a bank, whose slices have no UIDs."""
     z_mm, height_mm = np.asarray(series.z_mm), heights(score)
     n = len(z_mm)
     return ScoreCurve(
@@ -146,3 +141,9 @@ def _curve(series: BankSeries, score: Floats, heights: HeightMap) -> ScoreCurve:
         frames=(1,) * n,
         quality=curve.quality(z_mm, height_mm),
     )
+
+
+def _collection(patient: str) -> str:
+    """The collection a patient's name begins with: letters up to the first figure."""
+    head = patient.split("_")[0].split("-")[0]
+    return head.rstrip("0123456789") or patient

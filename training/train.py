@@ -132,6 +132,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
+    torch.backends.cudnn.benchmark = True  # the fastest convolutions for batches all alike
     torch.manual_seed(config.seed)
     series = [
         s

@@ -1,10 +1,7 @@
 """Training by itself: without the node's libraries, killed, and in two processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,10 @@ import pytest
 import torch
 
 from dicomnode.core.preprocess import PreprocessSpec
+from tests.alone import ALONE, call
 from training import bank
 from training.bank import BankSeries
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 steps = 6
 stacks = 4
@@ -30,31 +27,6 @@ held_out = ["P2"]
 [network]
 width = 0.25
 [augmentation]
-"""
-
-# What is not the standard library, numpy, torch, click or what torch itself is installed with is
-# not there for this process.
-ALONE = """
-import runpy, sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-
-THERE = {"numpy", "torch", "click", "dicomnode", "training", "benchmarks"}
-TORCHS = {"torchgen", "functorch", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2",
-          "markupsafe", "fsspec", "filelock", "triton", "nvidia", "cuda"}
-
-class Alone(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        top = name.partition(".")[0]
-        standard = top in sys.stdlib_module_names or top.startswith("_sysconfigdata")
-        if standard or top in THERE | TORCHS:
-            return super().find_spec(name, path, target)
-
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Alone]
-try:
-    import pydicom
-except ModuleNotFoundError:
-    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 # Dies within the writing of its second checkpoint.
@@ -75,19 +47,6 @@ def save_and_die(values, file):
 torch.save = save_and_die
 train.main(sys.argv[1:])
 """
-
-
-def call(*command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
