@@ -128,7 +128,7 @@ def train(
     Raises
     ------
     ConfigError
-        If the folder holds a run of another config or bank, or nothing can be drawn.
+        If the folder holds a run of another config or bank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
@@ -221,7 +221,7 @@ def load(folder: Path) -> tuple[network.Regressor, TrainConfig, int]:
     return net.eval(), config, saved["step"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("train", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bank", required=True, type=_FOLDER, help="Folder of a slice bank.")
 @click.option(
     "--run",
