@@ -20,6 +20,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.align
+	$(BIN)/python -m benchmarks.score
+	$(BIN)/python -m benchmarks.train
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

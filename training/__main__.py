@@ -380,6 +380,35 @@ def _table1(
     table.plot(results, out / "table1.png")
 
 
+@main.command("compare")
+@click.argument("first", type=_existing)
+@click.argument("second", type=_existing)
+@_bank_option
+@click.option("--out", type=_path, help="Folder for comparison.json and comparison.md.")
+@_json_option
+def compare_(first: Path, second: Path, bank: Path, out: Path | None, as_json: bool) -> None:
+    """Print the figures of two weight bundles on one bank, and their differences.
+
+    \b
+    Example: python -m training compare my-bundle other-bundle --bank bank
+    """
+    from dicomnode import weights
+    from training import compare
+
+    bundles = weights.load(first), weights.load(second)
+    slices = banks.load(bank)
+    with _progress() as bar:
+        total = 2 * sum(len(s.z_mm) for s in slices.series)
+        task = bar.add_task("scoring", total=total)
+        result = compare.compare(bundles, slices, progress=lambda n: bar.advance(task, n))
+    text = compare.to_markdown(result)
+    click.echo(json.dumps(result, indent=1) if as_json else text)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.md").write_text(text)
+        write_json(out / "comparison.json", result)
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     return Progress(

@@ -180,7 +180,7 @@ def pair_figures(bank: Bank, reading: Reading) -> list[PairFigures]:
     for patient, members in by_patient.items():
         members = sorted(members, key=lambda s: s.z_mm[0] - s.z_mm[-1])  # longest first
         for fixed, moving in combinations(members, 2):
-            f, m = (_curve(s, reading.height_mm[s.series_uid]) for s in (fixed, moving))
+            f, m = (curve_of(s, reading.height_mm[s.series_uid]) for s in (fixed, moving))
             figures.append(
                 PairFigures(
                     patient=patient,
@@ -426,7 +426,8 @@ def _yes(flag: bool) -> str:
     return "yes" if flag else "no"
 
 
-def _curve(series: BankSeries, height_mm: Floats) -> ScoreCurve:
+def curve_of(series: BankSeries, height_mm: Floats) -> ScoreCurve:
+    """Return the curve of a Series of a bank, which has no UIDs; heights serve as scores."""
     z_mm = np.asarray(series.z_mm)
     n = len(z_mm)
     return ScoreCurve(

@@ -1,7 +1,7 @@
 """The training loop, top to bottom; resumes exactly from its checkpoint.
 
     python -m training.train --bank bank --config training/configs/compact.toml --run runs/1
-    torchrun --nproc-per-node 2 -m training.train --bank ... --config ... --run ...
+    torchrun --nproc-per-node 2 -m training.train --bank ... --config ... --run-folder ...
 
 Needs numpy, torch and click alone, so that it runs where nothing else is installed.
 """
@@ -135,12 +135,13 @@ def train(
     Raises
     ------
     ConfigError
-        If the folder holds a run of another config or bank, or nothing can be drawn.
+        If the folder holds a run of another config or bank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(device)
     if device.type == "cpu":
         _keep_pages()
+    torch.backends.cudnn.benchmark = True  # the fastest convolutions for batches all alike
     torch.manual_seed(config.seed)
     series = [
         s
@@ -246,9 +247,16 @@ def load(folder: Path) -> tuple[network.Regressor, TrainConfig, int]:
     return net.eval(), config, saved["step"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("train", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bank", required=True, type=_FOLDER, help="Folder of a slice bank.")
-@click.option("--run", required=True, type=_PATH, help="Folder of the training run.")
+@click.option(
+    "--run",
+    "--run-folder",  # torchrun takes --run for one of its own
+    "run",
+    required=True,
+    type=_PATH,
+    help="Folder of the training run.",
+)
 @click.option("--config", required=True, type=_FILE, help="TOML file of the run.")
 @click.option("--held-out", multiple=True, help="A patient to keep out of training.")
 @click.option("--steps", type=click.IntRange(1), help="In place of the config's.")
@@ -271,7 +279,7 @@ def main(
 
     \b
     Example: python -m training.train --bank bank --config compact.toml --run runs/1
-    On several GPUs: torchrun --nproc-per-node 8 -m training.train ...
+    On several GPUs: torchrun --nproc-per-node 8 -m training.train ... --run-folder runs/1
     """
     if threads:
         torch.set_num_threads(threads)

@@ -93,7 +93,7 @@ def test_a_ray_cluster_makes_the_same_bank(folder, whole, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["series"] == 4

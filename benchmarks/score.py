@@ -1,0 +1,132 @@
+"""How fast slices are scored: both networks, in two precisions, by batches of several sizes.
+
+`ms_per_slice` is the least of some passes. `share_of_peak` is what the network's convolutions and
+dense layer do a second, of what one bf16 matrix product reached on the same device just before.
+`preprocess_ms` is of one thread: one uncompressed slice of 512 x 512, from the bytes of its file
+to the network's input. It is null, and `preprocess_skipped` says why, where pydicom is missing:
+everything else needs numpy, torch and click alone.
+"""
+
+import json
+from datetime import datetime
+from io import BytesIO
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from benchmarks import peak
+from dicomnode.core import network, preprocess
+from dicomnode.core.network import NetworkConfig
+from dicomnode.model import PatientKey
+
+NETWORKS = ("vgg16", "compact")
+DTYPES = (torch.float32, torch.bfloat16)
+BATCHES = {"cuda": (1, 16, 256), "cpu": (1, 16, 64)}
+REPEATS, QUICK_REPEATS, QUICK_BATCHES = 5, 1, (1, 4)
+PREPROCESSED = 20  # slices
+
+
+def measure(
+    device: torch.device, batches: tuple[int, ...], *, repeats: int
+) -> list[dict[str, Any]]:
+    """Return a row for each network, precision and batch."""
+    peak_flops = peak.gemm_flops(device)
+    rows = []
+    for kind in NETWORKS:
+        config = NetworkConfig(kind=kind)
+        flops = peak.network_flops(config)
+        for dtype in DTYPES:
+            net = network.build(config).eval().to(device, dtype)
+            for batch in batches:
+                x = torch.randint(0, 256, (batch, 1, peak.SIZE, peak.SIZE), dtype=torch.uint8)
+                x = x.to(device)
+                with torch.inference_mode():
+                    seconds = peak.fastest(lambda: net(x), device, repeats=repeats, warm_up=1)  # noqa: B023
+                rows.append(
+                    {
+                        "network": kind,
+                        "device": peak.name_of(device),
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "batch": batch,
+                        "ms_per_slice": 1e3 * seconds / batch,
+                        "share_of_peak": flops * batch / seconds / peak_flops,
+                    }
+                )
+    return rows
+
+
+def preprocess_ms(repeats: int) -> float:
+    """Return the milliseconds from a file's bytes to the network's input, the least of some.
+
+    Raises
+    ------
+    ImportError
+        If pydicom is missing.
+    """
+    from dicomnode import dicomio
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[-1:1:512j, -1:1:512j]
+    body = np.where((x / 0.8) ** 2 + (y / 0.6) ** 2 < 1, 40, -1000)
+    ds = dicomio.ct_dataset(
+        (body + rng.normal(0, 15, body.shape)).astype(np.int16),
+        patient=PatientKey("MADE"),
+        study_uid="1.2.1",
+        series_uid="1.2.1.1",
+        sop_instance_uid="1.2.1.1.1",
+        instance_number=1,
+        image_position=(-200.0, -200.0, 0.0),
+        pixel_mm=0.8,
+        spacing_mm=1.0,
+        study_datetime=datetime(2026, 1, 5),
+        frame_of_reference_uid="1.2.1.2",
+    )
+    file = BytesIO()
+    ds.save_as(file, enforce_file_format=True)
+    spec, data = preprocess.PreprocessSpec(), file.getvalue()
+    if dicomio.decode(BytesIO(data), spec).input is None:
+        raise RuntimeError("the slice made for the measurement gives no input")
+    cpu = torch.device("cpu")
+    return 1e3 * peak.fastest(lambda: dicomio.decode(BytesIO(data), spec), cpu, repeats=repeats)
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--quick", is_flag=True, help="Small batches, once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def main(device: str, threads: int | None, quick: bool, as_json: bool) -> None:
+    """Measure how fast slices are scored.
+
+    \b
+    Example: python -m benchmarks.score --device cuda --json
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    on = peak.device_of(device)
+    batches = QUICK_BATCHES if quick else BATCHES.get(on.type, BATCHES["cpu"])
+    rows = measure(on, batches, repeats=QUICK_REPEATS if quick else REPEATS)
+    result: dict[str, Any] = {"rows": rows, "preprocess_ms": None}
+    try:
+        result["preprocess_ms"] = preprocess_ms(PREPROCESSED)
+    except ImportError as exc:
+        result["preprocess_skipped"] = str(exc)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    click.echo(f"{'network':8} {'dtype':9} {'batch':>5} {'ms a slice':>11} {'of peak':>8}")
+    for row in rows:
+        click.echo(
+            "{network:8} {dtype:9} {batch:5d} {ms_per_slice:11.3f} {share_of_peak:8.0%}".format(
+                **row
+            )
+        )
+    made = result["preprocess_ms"]
+    skipped = result.get("preprocess_skipped")
+    click.echo(f"on {rows[0]['device']}; a slice's input: {skipped or f'{made:.2f} ms'}")
+
+
+if __name__ == "__main__":
+    main()
