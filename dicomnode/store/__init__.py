@@ -14,6 +14,7 @@ from dicomnode.store.answers import (
     is_waiting,
     list_quarantined,
     list_series,
+    manifest_of,
     open_slices,
 )
 from dicomnode.store.intake import (
@@ -28,48 +29,60 @@ from dicomnode.store.intake import (
     record_slices,
 )
 from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
+from dicomnode.store.previews import prune_previews
+from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.values import (
     Claimed,
+    KeptInputs,
     OpenSeries,
     PendingOffset,
     SeriesRow,
     SliceResult,
+    StaleSeries,
     StoredOffset,
 )
 
 __all__ = [
     "Claimed",
+    "KeptInputs",
     "OpenSeries",
     "PendingOffset",
     "SeriesRow",
     "SliceResult",
+    "StaleSeries",
     "StoredOffset",
     "available",
     "claim_series",
     "count_offsets",
     "count_quarantined",
     "count_series",
+    "count_stale",
     "curve_of",
     "curves_of",
     "end_association",
     "end_lost_associations",
+    "exchange_scores",
     "finish_series",
     "heights_of",
     "is_waiting",
+    "kept_inputs",
     "list_quarantined",
     "list_series",
+    "manifest_of",
     "next_completion",
     "offsets_of",
     "open_series",
     "open_slices",
     "opened",
     "pending_offsets",
+    "prune_previews",
     "reading",
     "record_model",
     "record_quarantined",
     "record_slices",
     "sqlite_file",
+    "stale_series",
     "store_offset",
     "trust",
     "writing",

@@ -1,6 +1,7 @@
 """What is asked of the store: Series, curves, counts."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -121,4 +122,9 @@ def open_slices(session: Session, series_uid: str) -> Claimed | None:
 
 def heights_of(session: Session, model: str) -> HeightMap:
     """Return the map of a bundle that scored something here."""
-    return HeightMap(**session.get_one(schema.Model, model).manifest["heights"])
+    return HeightMap(**manifest_of(session, model)["heights"])
+
+
+def manifest_of(session: Session, model: str) -> dict[str, Any]:
+    """Return the manifest of a bundle that scored something here."""
+    return session.get_one(schema.Model, model).manifest
