@@ -115,6 +115,9 @@ class Slice(Base):
     image_position: Mapped[list[float] | None] = mapped_column(JSON)
     image_orientation: Mapped[list[float] | None] = mapped_column(JSON)
     frame_of_reference_uid: Mapped[str] = mapped_column(UID)
+    body_centre: Mapped[list[float] | None] = mapped_column(JSON)  # x, y, mm
+    # The network input, packed; read only where it is asked for.
+    preview: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
 
 class Arrival(Base):
@@ -138,7 +141,7 @@ class Curve(Base):
     series_id: Mapped[int] = mapped_column(
         ForeignKey("series.id", ondelete="CASCADE"), primary_key=True
     )
-    model: Mapped[str] = mapped_column(ForeignKey("model.digest"))
+    model: Mapped[str] = mapped_column(ForeignKey("model.digest"), index=True)
     revision: Mapped[int]
     count: Mapped[int]  # N
     z_mm: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <f8
@@ -154,6 +157,21 @@ class Curve(Base):
     slope: Mapped[float] = mapped_column(Float(53))
     flags: Mapped[list[str]] = mapped_column(JSON)
     computed_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    body_centre: Mapped[bytes | None] = mapped_column(LargeBinary)  # (N, 2) <f8, NaN: unknown
+
+
+class Preview(Base):
+    """The network inputs of a finished curve, kept so that another bundle can score them."""
+
+    __tablename__ = "preview"
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("series.id", ondelete="CASCADE"), primary_key=True
+    )
+    count: Mapped[int]  # N, as the curve's
+    arrived_at: Mapped[datetime] = mapped_column(UTCDateTime, index=True)  # the last slice
+    sizes: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <u4, bytes of each input
+    data: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)  # the inputs, packed, in turn
 
 
 class Offset(Base):

@@ -201,6 +201,72 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
 
 
 @main.command()
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Weight bundle; the node's own, [score] model, where none is named.",
+)
+@click.option("--series", "series_uid", help="Series Instance UID; every Series without it.")
+@_config_option
+@_json_option
+def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_json: bool) -> None:
+    """Score curves of another bundle anew, from the inputs that were kept, and their pairs.
+
+    For when the bundle changed. Each curve gets a new revision. Stop it and start it again as you
+    like: what is done is done. The node may run meanwhile.
+
+    \b
+    Example:  dicomnode rescore --config node.toml
+    """
+    from dicomnode import rescore as rescoring
+    from dicomnode import store, weights
+    from dicomnode.node.score import Scorer
+
+    settings = configuration.load(_config_path(config))
+    own = weights.load(settings.score.model)
+    bundle = weights.load(model) if model else own
+    scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+    with store.opened(settings.database.url) as engine:
+        if series_uid is not None:
+            with store.reading(engine) as session:
+                rows = store.list_series(session, series_uid=series_uid)
+            if not rows:
+                _nothing("the node never saw this Series")
+            if rows[0].state is SeriesState.OPEN:
+                _nothing("still arriving: a Series is scored anew once it is finished")
+        plan = rescoring.plan(engine, bundle, series_uid)
+        with _progress("rescoring", len(plan.series)) as advance:
+            summary = rescoring.run(engine, scorer, plan.series, advance)
+    if as_json:
+        _print_json(
+            {
+                "model": bundle.digest,
+                "rescored": summary.rescored,
+                "pairs": summary.pairs,
+                "without_inputs": plan.without_inputs,
+                "other_input": plan.other_input,
+                "changed": summary.changed,
+            }
+        )
+    click.echo(
+        f"{len(summary.rescored)} Series scored anew by {bundle.name}, {bundle.digest[:16]}; "
+        f"{summary.pairs} pairs aligned anew",
+        err=True,
+    )
+    again = "import their files again, or have them sent again (--json names them)"
+    for left, why in (
+        (plan.without_inputs, f"without kept inputs: {again}"),
+        (plan.other_input, f"whose inputs were made another way than this bundle's: {again}"),
+        (summary.changed, "that changed meanwhile: run this again"),
+    ):
+        if left:
+            click.echo(f"{len(left)} Series {why}", err=True)
+    if bundle.digest != own.digest:
+        click.echo("[score] model is another bundle: what arrives is scored by that one", err=True)
+    sys.exit(1 if plan.without_inputs or plan.other_input or summary.changed else 0)
+
+
+@main.command()
 @click.argument("paths", nargs=-1, required=True, type=_existing)
 @_model_option
 @_device_option

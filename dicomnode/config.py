@@ -156,6 +156,19 @@ class SeriesSettings(_Section):
     )
 
 
+class KeepSettings(_Section):
+    """What is kept of scored Series, beside their curves."""
+
+    previews_days: int = Field(
+        default=30,
+        ge=0,
+        le=36_500,
+        description="Days for which the 128 x 128 input of each scored slice is kept in the "
+        "database, from the last slice of its Series on; `dicomnode rescore` needs it. 0 keeps "
+        "none, and drops what was kept.",
+    )
+
+
 class Settings(BaseSettings):
     """Every setting of the node. Build it with `load`."""
 
@@ -168,6 +181,7 @@ class Settings(BaseSettings):
     database: DatabaseSettings = DatabaseSettings()
     score: ScoreSettings = ScoreSettings()
     series: SeriesSettings = SeriesSettings()
+    keep: KeepSettings = KeepSettings()
 
     @classmethod
     def settings_customise_sources(

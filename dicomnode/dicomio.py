@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from dicomnode.core import admission, pixels, preprocess
+from dicomnode.core import admission, geometry, outline, pixels, preprocess
 from dicomnode.errors import CorruptObject, DicomError, UnsupportedObject
 from dicomnode.model import PatientKey, Reason, SliceHeader
 
@@ -58,6 +58,7 @@ class Decoded:
     input: preprocess.Input | None = None
     reason: Reason | None = None
     detail: str = ""
+    body_centre_mm: tuple[float, float] | None = None  # x, y in LPS
 
 
 def decode(
@@ -87,15 +88,18 @@ def decode(
     header = header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
     if reason := admission.refuse_slice(header):
         return Decoded(header, reason=reason)
-    assert header.pixel_spacing is not None and header.image_orientation is not None
+    position, orientation = header.image_position, header.image_orientation
+    spacing = header.pixel_spacing
+    assert position is not None and orientation is not None and spacing is not None
     try:
         image = image_hu(ds)
     except DicomError as exc:
         return Decoded(header, reason=exc.reason, detail=str(exc))
-    x = preprocess.to_input(image, header.pixel_spacing, header.image_orientation, spec)
+    x, middle = preprocess.crop(image, spacing, orientation, spec)
     if preprocess.is_empty(x, spec):
         return Decoded(header, reason=Reason.EMPTY)
-    return Decoded(header, input=x)
+    plane = geometry.plane(position, orientation, spacing, image.shape)
+    return Decoded(header, x, body_centre_mm=outline.body_centre_mm(x, middle, plane, spec))
 
 
 def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:

@@ -68,6 +68,7 @@ def score(
                     image_orientation=h.image_orientation,
                     score=float(value),
                     frame_of_reference_uid=h.frame_of_reference_uid,
+                    body_centre_mm=d.body_centre_mm,
                 )
             )
         waiting.clear()

@@ -181,6 +181,7 @@ class ScoredSlice:
     score: float
     frame: int = 1  # counted from 1, as in PS3.3
     frame_of_reference_uid: str = ""
+    body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,8 @@ class ScoreCurve:
     sop_instance_uids: tuple[str, ...]
     frames: tuple[int, ...]
     quality: Quality
+    # (N, 2) float64, x and y of the body's centre, LPS; NaN where unknown, None: nowhere known
+    body_centre_mm: Floats | None = None
 
     def __post_init__(self) -> None:
         n = len(self.z_mm)
@@ -229,6 +232,8 @@ class ScoreCurve:
             raise ValueError("z_mm is not strictly increasing")
         if not np.isfinite(self.score).all():
             raise ValueError("a score is not finite")
+        if self.body_centre_mm is not None and self.body_centre_mm.shape != (n, 2):
+            raise ValueError(f"body_centre_mm has shape {self.body_centre_mm.shape}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "log", "db"),
     ("dicomio", "spool", "weights", "store", "objects"),
     ("node",),
-    ("query", "files", "backfill", "checks", "plot", "present"),
+    ("query", "files", "backfill", "rescore", "checks", "plot", "present"),
     ("cli", "demo", "", "__main__"),
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "weights")

@@ -92,7 +92,15 @@ def assemble(
         sop_instance_uids=tuple(s.sop_instance_uid for s in kept),
         frames=tuple(s.frame for s in kept),
         quality=quality(stack.z_mm, height_mm, flags),
+        body_centre_mm=body_centres(kept),
     )
+
+
+def body_centres(slices: Sequence[ScoredSlice]) -> Floats | None:
+    """Return (N, 2) body centres, x and y mm, NaN where unknown; None where all are."""
+    if all(s.body_centre_mm is None for s in slices):
+        return None
+    return np.array([s.body_centre_mm or (np.nan, np.nan) for s in slices], float)
 
 
 def quality(z_mm: Floats, height_mm: Floats, flags: Sequence[Flag] = ()) -> Quality:

@@ -159,6 +159,59 @@ def to_patient_axes(image: npt.NDArray[Any], image_orientation: Floats) -> npt.N
     return image
 
 
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Where the pixels lie of an image that `to_patient_axes` gave; all mm, LPS."""
+
+    origin_mm: Floats  # (3,) centre of pixel (0, 0)
+    row_step_mm: Floats  # (3,) from one row to the next, towards posterior
+    column_step_mm: Floats  # (3,) from one column to the next, towards the left
+    spacing_mm: tuple[float, float]  # between rows, between columns
+    rows: int
+    columns: int
+
+    def at(self, row: float, column: float) -> Floats:
+        """Return the point (3,) at a row and column, which need not be whole."""
+        return self.origin_mm + row * self.row_step_mm + column * self.column_step_mm
+
+
+def plane(
+    image_position: tuple[float, ...] | Floats,
+    image_orientation: tuple[float, ...] | Floats,
+    pixel_spacing: tuple[float, ...] | Floats,
+    shape: tuple[int, int],
+) -> Plane:
+    """Return where the pixels of a slice lie once `to_patient_axes` has turned it.
+
+    Parameters
+    ----------
+    image_position : (3,)
+        Image Position (Patient) (0020,0032), mm, LPS.
+    image_orientation : (6,)
+        Row, then column direction cosines; near-axial.
+    pixel_spacing : (2,)
+        mm between rows, mm between columns.
+    shape : (int, int)
+        Rows and columns as stored.
+
+    References
+    ----------
+    DICOM PS3.3 C.7.6.2.1.1, Equation C.7.6.2.1-1.
+    """
+    origin = np.asarray(image_position, float)
+    along_row, along_column = np.asarray(image_orientation, float).reshape(2, 3)
+    row_step, column_step = along_column * pixel_spacing[0], along_row * pixel_spacing[1]
+    (row_mm, column_mm), (rows, columns) = pixel_spacing, shape
+    if is_transposed(np.asarray(image_orientation, float)):
+        row_step, column_step = column_step, row_step
+        row_mm, column_mm, rows, columns = column_mm, row_mm, columns, rows
+    if column_step[0] < 0:
+        origin, column_step = origin + (columns - 1) * column_step, -column_step
+    if row_step[1] < 0:
+        origin, row_step = origin + (rows - 1) * row_step, -row_step
+    return Plane(origin, row_step, column_step, (row_mm, column_mm), rows, columns)
+
+
 def is_transposed(image_orientation: Floats) -> bool:
     """Whether `to_patient_axes` swaps rows and columns (and so the two pixel spacings)."""
     return bool(abs(image_orientation[1]) > abs(image_orientation[0]))

@@ -85,6 +85,24 @@ def to_input(
     -------
     (size, size) uint8
     """
+    return crop(image_hu, pixel_spacing, image_orientation, spec)[0]
+
+
+def crop(
+    image_hu: Image,
+    pixel_spacing: tuple[float, ...] | Floats,
+    image_orientation: tuple[float, ...] | Floats,
+    spec: PreprocessSpec,
+) -> tuple[Input, tuple[float, float]]:
+    """Return what `to_input` does, and what lies in the middle of it.
+
+    Returns
+    -------
+    (size, size) uint8
+        The input.
+    (float, float)
+        Row and column of its middle, in pixels of the image in patient axes.
+    """
     orientation = np.asarray(image_orientation, float)
     image = geometry.to_patient_axes(image_hu, orientation)
     row_mm, column_mm = pixel_spacing
@@ -96,7 +114,7 @@ def to_input(
     # Above air, so that what lies outside the image (weight 0) comes out as air.
     above_air = np.maximum(image, AIR_HU).astype(np.float32) - np.float32(AIR_HU)
     resampled_hu = rows @ above_air @ columns.T + np.float32(AIR_HU)  # (size, size)
-    return compand(resampled_hu, spec)
+    return compand(resampled_hu, spec), (centre_row, centre_column)
 
 
 def is_empty(x: Input, spec: PreprocessSpec) -> bool:

@@ -68,13 +68,13 @@ class AssembleStage:
             claimed = store.claim_series(session, series.id)
             if claimed is None:
                 return False
-            outcome = _outcome(session, series.series_uid, claimed)
-            pairs = store.finish_series(session, series.id, outcome, claimed, evidence, now)
+            result = outcome(session, series.series_uid, claimed)
+            pairs = store.finish_series(session, series.id, result, claimed, evidence, now)
         logger.info(
             "series finished",
             extra={
                 "series_uid": series.series_uid,
-                "outcome": "curve" if isinstance(outcome, ScoreCurve) else str(outcome),
+                "outcome": "curve" if isinstance(result, ScoreCurve) else str(result),
                 "slices": len(claimed.slices),
                 "set_aside": len(claimed.set_aside),
                 "evidence": str(evidence),
@@ -84,7 +84,8 @@ class AssembleStage:
         return True
 
 
-def _outcome(session: Session, series_uid: str, claimed: store.Claimed) -> ScoreCurve | Refusal:
+def outcome(session: Session, series_uid: str, claimed: store.Claimed) -> ScoreCurve | Refusal:
+    """Return the curve of a Series that was claimed, or the reason why it has none."""
     if claimed.model is None:
         reasons = sorted(claimed.set_aside.values())
         return Refusal(series_uid, Reason(max(reasons, key=reasons.count)))

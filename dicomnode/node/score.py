@@ -19,6 +19,7 @@ import torch
 from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
+from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
 from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
@@ -80,8 +81,10 @@ class ScoreStage:
         scorer: Scorer,
         default_issuers: Mapping[str, str] | None = None,
         threads: int | None = None,
+        keep_inputs: bool = True,
     ) -> None:
         self.spool, self.engine, self.scorer = spool, engine, scorer
+        self.keep_inputs = keep_inputs
         self.default_issuers = dict(default_issuers or {})
         # Decoding is parallel by slice; matrix products that fork threads of their own inside
         # it made it three times slower.
@@ -141,6 +144,7 @@ class ScoreStage:
             d.input for d in decoded if isinstance(d, dicomio.Decoded) and d.input is not None
         ]
         scores = iter(self.scorer.score(inputs))
+        previews = iter(self._pool.map(preview.pack, inputs) if self.keep_inputs else ())
         now = datetime.now(UTC)  # no arrival lies later, whatever the clock was then
         results: list[store.SliceResult] = []
         aside: list[tuple[SpooledInstance, Reason, str]] = []
@@ -149,6 +153,7 @@ class ScoreStage:
                 aside.append((entry, d.reason, str(d)))
                 continue
             score = float(next(scores)) if d.input is not None else None
+            kept = next(previews, None) if d.input is not None else None
             if d.reason is not None and d.reason.state is SeriesState.QUARANTINED:
                 aside.append((entry, d.reason, d.detail))
             if d.reason is not Reason.BAD_UID:  # a UID that is none names no Series
@@ -159,6 +164,8 @@ class ScoreStage:
                         min(entry.arrived_at, now),
                         score,
                         d.reason,
+                        d.body_centre_mm,
+                        kept,
                     )
                 )
         with store.writing(self.engine) as session:

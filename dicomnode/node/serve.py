@@ -29,19 +29,22 @@ RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and 
 TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
 FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
 DEVICE_FAILURES = 5
+PRUNE_S = 600.0  # between looks at what was kept long enough
 STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 
 
 class Worker:
     """Takes one spool through score, assemble and align, a little of each in turn.
 
-    No stage waits for the next: each step does a bounded piece of work and commits it.
+    No stage waits for the next: each step does a bounded piece of work and commits it. What was
+    kept long enough is dropped when nothing else is left to do.
     """
 
     def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
         from dicomnode import weights
         from dicomnode.node.align import AlignStage
         from dicomnode.node.assemble import AssembleStage
+        from dicomnode.node.prune import PruneStage
         from dicomnode.node.score import Scorer, ScoreStage
 
         bundle = weights.load(settings.score.model)
@@ -50,16 +53,21 @@ class Worker:
         issuers[""] = settings.node.default_issuer
         with store.writing(engine) as session:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
-        self._score = ScoreStage(spool, engine, scorer, issuers)
+            stale = store.count_stale(session, bundle.digest)
+        days = settings.keep.previews_days
+        self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
         self._assemble = AssembleStage(
             engine, settings.series.quiet_seconds, settings.series.lost_seconds
         )
         self._align = AlignStage(engine)
-        self._assembled_at = 0.0
+        self._prune = PruneStage(engine, days)
+        self._assembled_at = self._pruned_at = 0.0
         logger.info(
             "worker started",
             extra={"model": bundle.name, "digest": bundle.digest, "device": str(scorer.device)},
         )
+        if stale:
+            logger.warning("curves of another bundle", extra={"curves": stale})
 
     def close(self) -> None:
         """Let go of threads."""
@@ -77,7 +85,12 @@ class Worker:
         if taken.until is None or time.monotonic() - self._assembled_at > 1.0:
             self._assembled_at = time.monotonic()
             done += self._assemble.step(taken.until or now, now)
-        return done + self._align.step()
+        done += self._align.step()
+        if not done and time.monotonic() - self._pruned_at > PRUNE_S:
+            done += self._prune.step(now)
+            if not done:
+                self._pruned_at = time.monotonic()
+        return done
 
 
 def work(settings: Settings, stop: threading.Event) -> None:

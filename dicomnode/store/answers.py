@@ -130,18 +130,23 @@ def open_slices(session: Session, series_uid: str) -> Claimed | None:
 
 def heights_of(session: Session, model: str) -> HeightMap:
     """Return the map of a bundle that scored something here."""
-    return _heights(session.get_one(schema.Model, model).manifest)
+    return _heights(manifest_of(session, model))
 
 
 def covariance_of(session: Session, model: str) -> Covariance | None:
     """Return what a bundle that scored something here says of its curves' errors."""
-    values = session.get_one(schema.Model, model).manifest.get("covariance")
+    values = manifest_of(session, model).get("covariance")
     return None if values is None else Covariance.from_dict(values)
 
 
 def regions_of(session: Session, model: str) -> tuple[Region, ...]:
     """Return the regions of a bundle that scored something here."""
-    return region.from_manifest(session.get_one(schema.Model, model).manifest)
+    return region.from_manifest(manifest_of(session, model))
+
+
+def manifest_of(session: Session, model: str) -> dict[str, Any]:
+    """Return the manifest of a bundle that scored something here."""
+    return session.get_one(schema.Model, model).manifest
 
 
 def _heights(manifest: dict[str, Any]) -> HeightMap:

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from db import schema
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
 from dicomnode.store.pairs import ask_offsets
-from dicomnode.store.rows import array, curve_row, instances, scored_slice
+from dicomnode.store.previews import keep_previews, take_previews
+from dicomnode.store.rows import array, body_centres, curve_row, instances, scored_slice
 from dicomnode.store.session import insert, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
@@ -146,8 +147,8 @@ def finish_series(
 ) -> int:
     """Store how a Series ended and, with a curve, the pairs that follow from it.
 
-    What is in the curve needs no row of its own any more. Scored slices that are in no curve
-    keep theirs: a late slice may make a curve of them.
+    What is in the curve needs no row of its own any more: its inputs are gathered into one.
+    Scored slices that are in no curve keep theirs: a late slice may make a curve of them.
 
     Returns
     -------
@@ -166,6 +167,7 @@ def finish_series(
         series.state, series.reason = outcome.reason.state, outcome.reason
         return 0
     series.state, series.reason = SeriesState.CURVE, None
+    keep_previews(session, series, zip(outcome.sop_instance_uids, outcome.frames, strict=True))
     _delete_slices(session, series_id, outcome.sop_instance_uids)
     placed = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
     kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
@@ -190,7 +192,7 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
         results = [r for r in results if not _is_known(r, model, known)]
         if not results and not moved:
             return
-        _reopen(session, series)
+        reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
         same = series.patient_id == patient.patient_id
         series.issuer = patient.issuer or (series.issuer if same else "")
@@ -294,23 +296,27 @@ def _is_known(result: SliceResult, model: str, known: dict[str, _Known]) -> bool
     )
 
 
-def _reopen(session: Session, series: schema.Series) -> None:
+def reopen(session: Session, series: schema.Series) -> None:
     """Turn a finished Series back into slice rows; its curve stays for readers meanwhile."""
     row = session.get(schema.Curve, series.id)
     if row is not None:
+        previews = take_previews(session, series)
         positions = array(row.image_position, "<f8").reshape(-1, 3)
+        centres = body_centres(row)
         scores = array(row.score, "<f4")
-        for (uid, frame, f), position, score in zip(instances(row), positions, scores, strict=True):
+        for i, (uid, frame, f) in enumerate(instances(row)):
             session.add(
                 schema.Slice(
                     series_id=series.id,
                     sop_instance_uid=uid,
                     frame=frame,
                     model=row.model,
-                    score=float(score),
-                    image_position=position.tolist(),
+                    score=float(scores[i]),
+                    image_position=positions[i].tolist(),
                     image_orientation=row.image_orientation,
                     frame_of_reference_uid=row.frames_of_reference[f],
+                    body_centre=None if centres is None else _finite(tuple(centres[i].tolist())),
+                    preview=previews[i] if previews else None,
                 )
             )
     for uid, reason in series.set_aside.items():
@@ -339,6 +345,8 @@ def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
         "image_position": _finite(h.image_position),
         "image_orientation": _finite(h.image_orientation),
         "frame_of_reference_uid": h.frame_of_reference_uid[:64],
+        "body_centre": _finite(r.body_centre_mm),
+        "preview": r.preview,
     }
 
 

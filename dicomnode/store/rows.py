@@ -14,6 +14,7 @@ from dicomnode.core.region import Region
 from dicomnode.model import (
     Evidence,
     Flag,
+    Floats,
     Method,
     Offset,
     OffsetStatus,
@@ -51,6 +52,9 @@ def curve_row(
         slope=curve.quality.slope,
         flags=list(curve.quality.flags),
         computed_at=now,
+        body_centre=None
+        if curve.body_centre_mm is None
+        else curve.body_centre_mm.astype("<f8").tobytes(),
     )
 
 
@@ -67,6 +71,7 @@ def to_curve(series_uid: str, row: schema.Curve, heights: HeightMap) -> ScoreCur
         sop_instance_uids=tuple(uid for uid, _, _ in members),
         frames=tuple(frame for _, frame, _ in members),
         quality=quality_of(row),
+        body_centre_mm=body_centres(row),
     )
 
 
@@ -145,12 +150,20 @@ def scored_slice(row: schema.Slice) -> ScoredSlice:
         image_orientation=tuple(row.image_orientation),
         score=row.score,
         frame_of_reference_uid=row.frame_of_reference_uid,
+        body_centre_mm=(row.body_centre[0], row.body_centre[1]) if row.body_centre else None,
     )
 
 
 def quality_of(row: schema.Curve) -> Quality:
     """Return the quality of a stored curve."""
     return Quality(row.pearson_r, row.slope, tuple(Flag(f) for f in row.flags))
+
+
+def body_centres(row: schema.Curve) -> Floats | None:
+    """Return (N, 2) body centres of a stored curve, x and y mm, None where none is known."""
+    if row.body_centre is None:
+        return None
+    return array(row.body_centre, "<f8").astype(np.float64).reshape(-1, 2)
 
 
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:

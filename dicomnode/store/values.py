@@ -26,6 +26,8 @@ class SliceResult:
     arrived_at: datetime
     score: float | None = None
     reason: Reason | None = None
+    body_centre_mm: tuple[float, float] | None = None
+    preview: bytes | None = None  # the input, packed, where it is to be kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,27 @@ class Claimed:
     set_aside: dict[str, str]  # SOP Instance UID -> reason
     model: str | None  # digest of that bundle, None where nothing was scored
     other_model: int  # slices that another bundle scored
+
+
+@dataclass(frozen=True, slots=True)
+class StaleSeries:
+    """A finished Series with scores of other bundles than the one asked about."""
+
+    id: int
+    series_uid: str
+    models: frozenset[str]  # those bundles
+    kept: bool  # whether the input of every such slice was kept
+
+
+@dataclass(frozen=True, slots=True)
+class KeptInputs:
+    """The inputs of a finished Series that another bundle scored, and what it was then."""
+
+    series_id: int
+    revision: int
+    evidence: Evidence
+    slices: tuple[tuple[str, int], ...]  # SOP Instance UID, frame
+    inputs: tuple[bytes, ...]  # packed, parallel to slices
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,11 +87,14 @@ def scored(
     score: float | None = None,
     association: str = A,
     at: datetime = T0,
+    body_centre_mm: tuple[float, float] | None = None,
+    preview: bytes | None = None,
     **attributes: Any,
 ) -> SliceResult:
     """Return slice k with a score that makes 1 mm of body height a mm."""
     h = header(series_uid, k, **attributes)
-    return SliceResult(h, association, at, 0.5 * k if score is None else score)
+    score = 0.5 * k if score is None else score
+    return SliceResult(h, association, at, score, None, body_centre_mm, preview)
 
 
 def refused(
@@ -188,6 +191,9 @@ def assert_same_curve(a: ScoreCurve | None, b: ScoreCurve | None) -> None:
         mine, other = getattr(a, name), getattr(b, name)
         assert mine.dtype == other.dtype
         assert mine.tobytes() == other.tobytes(), name
+    mine, other = a.body_centre_mm, b.body_centre_mm
+    assert (mine is None) == (other is None)
+    assert mine is None or other is None or mine.tobytes() == other.tobytes()
     for name in ("series_uid", "model", "sop_instance_uids", "frames", "quality"):
         assert getattr(a, name) == getattr(b, name), name
 
@@ -426,6 +432,7 @@ def test_a_curve_comes_back_bit_for_bit(node):
         sop_instance_uids=tuple(uids),
         frames=tuple(k % 4 + 1 for k in range(200)),
         quality=Quality(1 / 3, float(np.pi), flags),
+        body_centre_mm=np.where(rng.random((200, 1)) < 0.1, np.nan, rng.normal(0, 50, (200, 2))),
     )
     slices = [
         ScoredSlice(
@@ -471,6 +478,8 @@ def test_slices_of_a_reopened_series_are_what_they_were(node):
             image_position=places[k],
             image_orientation=(1.0, 1e-9, 0.0, -1e-9, 1.0, 0.0),
             frame_of_reference_uid=f"1.9.{k % 3}",
+            body_centre_mm=(k / 3, -k / 7) if k % 4 else None,
+            preview=bytes([k]) * (k + 1),
         )
         for k in range(12)
     ]
@@ -481,6 +490,18 @@ def test_slices_of_a_reopened_series_are_what_they_were(node):
     after = claimed_slices(node, SERIES)
     assert len(after) == 13
     assert after[:12] == before
+    assert previews(node, SERIES) == {sop_uid(SERIES, k): bytes([k]) * (k + 1) for k in range(12)}
+
+
+def previews(engine: Engine, series_uid: str) -> dict[str, bytes]:
+    """Return SOP Instance UID -> input, of slices that have a row of their own."""
+    with store.reading(engine) as session:
+        rows = session.execute(
+            select(schema.Slice.sop_instance_uid, schema.Slice.preview)
+            .join(schema.Series)
+            .where(schema.Series.series_uid == series_uid)
+        )
+        return {uid: preview for uid, preview in rows if preview is not None}
 
 
 # What comes after the end
@@ -648,6 +669,220 @@ def test_a_bundle_keeps_its_map(node):
     with store.reading(node) as session:
         assert store.heights_of(session, MODEL) == HEIGHTS
         assert store.heights_of(session, OTHER_MODEL) == HeightMap(1.0, 0.0, 5.0)
+
+
+# Kept inputs
+
+
+def kept_scan(series_uid: str, count: int = 12, **attributes: Any) -> list[SliceResult]:
+    """Return a scan whose inputs are kept, each of another length."""
+    return [scored(series_uid, k, preview=b"%d" % k * (k + 1), **attributes) for k in range(count)]
+
+
+def kept_inputs(engine: Engine, series_uid: str, model: str) -> store.KeptInputs | None:
+    with store.reading(engine) as session:
+        series_id = session.scalar(
+            select(schema.Series.id).where(schema.Series.series_uid == series_uid)
+        )
+        assert series_id is not None
+        return store.kept_inputs(session, series_id, model)
+
+
+def stale(engine: Engine, model: str, series_uid: str | None = None) -> dict[str, bool]:
+    """Return Series that another bundle scored -> whether their inputs are kept."""
+    with store.reading(engine) as session:
+        return {s.series_uid: s.kept for s in store.stale_series(session, model, series_uid)}
+
+
+def rescore(engine: Engine, kept: store.KeptInputs, score_of: float = 10.0) -> int | None:
+    """Give each slice `score_of` times its score, by the other bundle, and finish the Series."""
+    with store.writing(engine) as session:
+        scores = {key: score_of * 0.5 * k for k, key in enumerate(kept.slices)}
+        claimed = store.exchange_scores(session, kept, OTHER_MODEL, scores)
+        if claimed is None:
+            return None
+        assert claimed.model is not None
+        made = curve.assemble(
+            claimed.slices,
+            series_uid=SERIES,
+            model=claimed.model,
+            heights=store.heights_of(session, claimed.model),
+            refused=len(claimed.set_aside),
+            other_model=claimed.other_model,
+        )
+        return store.finish_series(session, kept.series_id, made, claimed, kept.evidence, T0)
+
+
+def test_the_inputs_of_a_curve_are_one_row(node):
+    exchange_bundle(node)
+    record(node, [*kept_scan(SERIES), refused(SERIES, 20)])
+    finish(node, SERIES)
+    left = contents(node)
+    assert left["slice"] == [] and len(left["preview"]) == 1
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None
+    assert kept.slices == tuple((sop_uid(SERIES, k), 1) for k in range(12))
+    assert kept.inputs == tuple(b"%d" % k * (k + 1) for k in range(12))
+    assert (kept.revision, kept.evidence) == (1, Evidence.RELEASED_AND_QUIET)
+    assert kept_inputs(node, SERIES, MODEL) is None  # that bundle scored all of them
+
+
+def test_a_late_slice_keeps_the_inputs_that_came_before(node):
+    exchange_bundle(node)
+    record(node, kept_scan(SERIES, 13)[:12])
+    finish(node, SERIES)
+    record(node, kept_scan(SERIES, 13)[12:])
+    assert previews(node, SERIES) == {sop_uid(SERIES, k): b"%d" % k * (k + 1) for k in range(13)}
+    assert contents(node)["preview"] == []
+    finish(node, SERIES)
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None and len(kept.inputs) == 13
+
+
+def test_a_curve_short_of_an_input_keeps_none(node):
+    """As when they were not kept for a while: it cannot be scored anew as a whole."""
+    exchange_bundle(node)
+    record(node, [*kept_scan(SERIES, 11), scored(SERIES, 11)])
+    finish(node, SERIES)
+    assert contents(node)["preview"] == []
+    assert stale(node, OTHER_MODEL) == {SERIES: False}
+    assert kept_inputs(node, SERIES, OTHER_MODEL) is None
+
+
+def test_inputs_are_dropped_by_the_age_of_the_last_slice(node):
+    exchange_bundle(node)
+    twice = [
+        scored(PRIOR, 50, image_position=(-100.0, -100.0, 10.0), preview=b"twice"),
+        *kept_scan(PRIOR),
+    ]
+    for k, batch in enumerate((kept_scan(SERIES), twice, kept_scan("1.2.7", 3))):
+        late = [SliceResult(r.header, A, T0 + k * QUIET, *r_values(r)) for r in batch]
+        record(node, late)
+        finish(node, batch[0].header.series_uid)
+    record(node, kept_scan("1.2.8"))  # open: it is left alone
+    with store.writing(node) as session:
+        assert store.prune_previews(session, T0, 10) == 0
+        assert store.prune_previews(session, T0 + QUIET, 10) == 1  # the first one
+    assert stale(node, OTHER_MODEL) == {SERIES: False, PRIOR: True, "1.2.7": True}
+    with store.writing(node) as session:
+        assert store.prune_previews(session, T0 + 9 * QUIET, 10) == 2
+        assert store.prune_previews(session, T0 + 9 * QUIET, 10) == 0
+    assert stale(node, OTHER_MODEL) == {SERIES: False, PRIOR: False}
+    assert previews(node, PRIOR) == previews(node, "1.2.7") == {}
+    assert len(previews(node, "1.2.8")) == 12
+    assert curve_of(node, PRIOR) is not None
+
+
+def r_values(r: SliceResult) -> tuple[Any, ...]:
+    return r.score, r.reason, r.body_centre_mm, r.preview
+
+
+def test_no_more_series_than_asked_are_pruned_at_a_time(node):
+    for k in range(5):
+        record(node, kept_scan(f"1.4.{k}"))
+        finish(node, f"1.4.{k}")
+    pruned = []
+    for _ in range(4):
+        with store.writing(node) as session:
+            pruned.append(store.prune_previews(session, T0 + QUIET, 2))
+    assert pruned == [2, 2, 1, 0]
+
+
+def test_a_series_scored_anew_is_revised_and_keeps_its_inputs(node):
+    exchange_bundle(node)
+    record(node, [*kept_scan(SERIES, body_centre_mm=(1 / 3, 2.0)), refused(SERIES, 20)])
+    finish(node, SERIES)
+    before, kept = series_of(node, SERIES), kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None and stale(node, OTHER_MODEL) == {SERIES: True}
+    with store.reading(node) as session:
+        assert (store.count_stale(session, OTHER_MODEL), store.count_stale(session, MODEL)) == (
+            1,
+            0,
+        )
+    assert rescore(node, kept) == 0
+    found, row = curve_of(node, SERIES), series_of(node, SERIES)
+    assert found is not None and found.model == OTHER_MODEL
+    assert found.score.tolist() == [5.0 * k for k in range(12)]
+    assert found.height_mm.tolist() == [5.0 * k for k in range(12)]
+    assert found.body_centre_mm is not None
+    assert found.body_centre_mm.tolist() == [[1 / 3, 2.0]] * 12
+    assert (row.revision, row.state, row.evidence) == (2, before.state, before.evidence)
+    assert (row.received, row.set_aside) == (before.received, before.set_aside)
+    assert stale(node, OTHER_MODEL) == {}
+    again = kept_inputs(node, SERIES, MODEL)
+    assert again is not None
+    assert (again.slices, again.inputs) == (kept.slices, kept.inputs)
+
+
+def test_a_series_that_changed_meanwhile_is_left_alone(node):
+    exchange_bundle(node)
+    record(node, kept_scan(SERIES))
+    finish(node, SERIES)
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None
+    record(node, kept_scan(SERIES, 13)[12:])
+    before = contents(node)
+    assert rescore(node, kept) is None  # open
+    assert kept_inputs(node, SERIES, OTHER_MODEL) is None
+    assert contents(node) == before
+    finish(node, SERIES)
+    before = contents(node)
+    assert rescore(node, kept) is None  # finished, but another revision
+    assert contents(node) == before
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None and rescore(node, kept) == 0
+    assert rescore(node, kept) is None  # by another that did the same
+    found = curve_of(node, SERIES)
+    assert found is not None and len(found.z_mm) == 13
+
+
+def test_pairs_come_back_once_one_bundle_scored_both(node):
+    exchange_bundle(node)
+    for series_uid, when in ((PRIOR, EARLIER), (FOLLOW_UP, LATER)):
+        record(node, kept_scan(series_uid, study_datetime=when))
+        finish(node, series_uid)
+    settle(node)
+    for series_uid, waiting in ((PRIOR, 0), (FOLLOW_UP, 1)):
+        kept = kept_inputs(node, series_uid, OTHER_MODEL)
+        assert kept is not None
+        assert rescore(node, kept) == waiting
+        with store.reading(node) as session:
+            found = {s.offset.status for s in store.offsets_of(session)}
+        assert found == (set() if waiting else {OffsetStatus.REFUSED})
+    assert pairs(node) == {(FOLLOW_UP, PRIOR)}
+
+
+def test_slices_of_two_bundles_come_together(node):
+    """A Series that arrived while the bundle was exchanged, with a slice where another lies."""
+    exchange_bundle(node)
+    batch = kept_scan(SERIES)
+    record(node, batch[:8])
+    record(node, batch[8:], model=OTHER_MODEL)
+    finish(node, SERIES)
+    found = curve_of(node, SERIES)
+    assert found is not None and (found.model, len(found.z_mm)) == (MODEL, 8)
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None and len(kept.inputs) == 8
+    with store.writing(node) as session:
+        scores = {key: 0.5 * k for k, key in enumerate(kept.slices)}
+        claimed = store.exchange_scores(session, kept, OTHER_MODEL, scores)
+    assert claimed is not None and claimed.other_model == 0
+    assert [len(claimed.slices), claimed.model] == [12, OTHER_MODEL]
+
+
+def test_slices_of_another_bundle_beside_a_curve_of_this_one_are_found(node):
+    exchange_bundle(node)
+    record(node, kept_scan(SERIES), model=OTHER_MODEL)
+    record(node, [scored(SERIES, 12, preview=b"late")])
+    record(node, [scored(PRIOR, k) for k in range(3)])  # no curve, and no input either
+    finish(node, SERIES)
+    finish(node, PRIOR)
+    assert stale(node, OTHER_MODEL) == {SERIES: True}
+    assert stale(node, OTHER_MODEL, SERIES) == {SERIES: True}
+    assert stale(node, OTHER_MODEL, PRIOR) == {}
+    kept = kept_inputs(node, SERIES, OTHER_MODEL)
+    assert kept is not None
+    assert (kept.slices, kept.inputs) == (((sop_uid(SERIES, 12), 1),), (b"late",))
 
 
 # Pairs
