@@ -15,13 +15,16 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingCol
 
 from dicomnode.core import region
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.core.robust import Covariance
 from dicomnode.errors import NodeError
 from training import archive, fill, workers
 from training import bank as banks
 from training.durable import write_json
 
 if TYPE_CHECKING:
-    pass
+    from training.pairs import Pair
+
+COVARIANCE = "covariance.json"
 
 _path = click.Path(path_type=Path)
 _existing = click.Path(exists=True, path_type=Path)
@@ -261,15 +264,20 @@ def evaluate_(
     help="SERIES_UID Z_MM of height 0; the middle of S1 by proportion where none is named.",
 )
 @click.option("--patients", multiple=True, default=("*",), help="Pattern of patients that count.")
+@click.option("--pairs", type=_existing, help="Folder of Table 1: learn how curves err, too.")
 def calibrate_(
-    bank: Path, run: Path, zero: tuple[str, float] | None, patients: tuple[str, ...]
+    bank: Path,
+    run: Path,
+    zero: tuple[str, float] | None,
+    patients: tuple[str, ...],
+    pairs: Path | None,
 ) -> None:
     """Fit the map of scores to body height, and place the regions of the body on it.
 
     Landmarks found from HU alone are the fixed points. Writes heights.json, regions.json and
-    regions.md to the run.
+    regions.md to the run; with --pairs, covariance.json, without which the robust method refuses.
     """
-    from training import calibrate, evaluate, landmarks, train
+    from training import calibrate, covariance, evaluate, landmarks, train
 
     slices = banks.load(bank)
     net, _, _ = train.load(run)
@@ -293,6 +301,10 @@ def calibrate_(
     (run / "regions.md").write_text(result.to_markdown())
     click.echo(result.heights)
     click.echo(result.to_markdown())
+    if pairs:
+        learned = covariance.fit(_teaching(pairs))
+        write_json(run / COVARIANCE, learned.to_dict())
+        click.echo(learned)
 
 
 @main.command("export")
@@ -312,6 +324,9 @@ def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str)
     heights = evaluate.heights_of(run, config.mm_per_score)
     path = run / "regions.json"
     table = json.loads(path.read_text()) if path.exists() else {}
+    learned = None
+    if (run / COVARIANCE).exists():
+        learned = Covariance.from_dict(json.loads((run / COVARIANCE).read_text()))
     click.echo(
         export.bundle(
             run,
@@ -322,8 +337,17 @@ def export_(bank: Path, run: Path, name: str, out: Path, zero: str, commit: str)
             zero=zero or table.get("zero", ""),
             commit=commit,
             regions=region.from_manifest(table),
+            covariance=learned,
         )
     )
+
+
+def _teaching(folder: Path) -> "list[Pair]":
+    """Return the pairs of Table 1 that are many enough to learn from."""
+    from training import pairs, protocol
+
+    kinds = (protocol.Kind.FOLLOW_UP, protocol.Kind.STRESS)
+    return [p for p in pairs.load(folder) if p.kind in kinds]
 
 
 def _table1(
@@ -363,9 +387,8 @@ def _table1(
         )
         made = pairs.load(out)
         # Robust learns how curves err from other patients than those it is measured on.
-        teaching = [p for p in made if p.kind in (protocol.Kind.FOLLOW_UP, protocol.Kind.STRESS)]
         task = bar.add_task("learning covariances", total=covariance.SPLITS)
-        learned = covariance.by_split(teaching, progress=lambda n: bar.advance(task, n))
+        learned = covariance.by_split(_teaching(out), progress=lambda n: bar.advance(task, n))
         compared = table.methods(methods, learned)
         task = bar.add_task("aligning", total=len(made))
         results = table.measure(made, compared, lambda n: bar.advance(task, n))

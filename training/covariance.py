@@ -77,8 +77,7 @@ def fit(pairs: Sequence[KnownPair], *, seed: int = 0) -> Covariance:
         raise ConfigError(f"{len(usable)} pairs do not tell how curves err, {MIN_PAIRS} may")
     chosen = np.random.default_rng(seed).permutation(len(usable))[:PAIRS]
     bins = [
-        (robust.binned(p.fixed, START), robust.binned(p.moving, START), p.truth_mm)
-        for p in (usable[i] for i in chosen)
+        (*robust.binned(p.fixed, p.moving, START), p.truth_mm) for p in (usable[i] for i in chosen)
     ]
     start = np.log([getattr(START, name) for name in LEARNED])
 

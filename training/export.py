@@ -8,6 +8,7 @@ from dicomnode import weights
 from dicomnode.core import network
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.region import Region
+from dicomnode.core.robust import Covariance
 from training import train
 from training.bank import Bank
 
@@ -22,9 +23,11 @@ def bundle(
     zero: str,
     commit: str,
     regions: Sequence[Region] = (),
+    covariance: Covariance | None = None,
 ) -> str:
     """Write the averaged weights of a run, batch normalisation folded, and return the digest."""
     net, config, step = train.load(run)
+    trained = train.trained_on(bank, config)
     settings: dict[str, Any] = {
         "steps": step,
         "seed": config.seed,
@@ -34,10 +37,12 @@ def bundle(
             "order": config.order,
             "distance": config.distance,
             "millimetres": config.millimetres,
+            "anchored": config.anchored,
+            "below": config.below,
         },
-        "patients": len({s.patient for s in bank.series} - set(config.held_out)),
-        "series": sum(s.patient not in config.held_out for s in bank.series),
-        "slices": sum(len(s.z_mm) for s in bank.series if s.patient not in config.held_out),
+        "patients": len({s.patient for s in trained}),
+        "series": len(trained),
+        "slices": sum(len(s.z_mm) for s in trained),
         "bank_sha256": bank.digest(),
         "height_zero": zero,
         "commit": commit,
@@ -50,4 +55,5 @@ def bundle(
         heights=heights,
         training=settings,
         regions=regions,
+        covariance=covariance,
     )

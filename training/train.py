@@ -28,7 +28,7 @@ from dicomnode.core.network import NetworkConfig
 from dicomnode.errors import ConfigError, NodeError
 from training import anchors, losses, parallel, validate
 from training import bank as banks
-from training.bank import Bank
+from training.bank import Bank, BankSeries
 from training.durable import Journal, replacing
 from training.feed import Feed
 from training.sampler import Augmentation, Share, StackSampler, augment
@@ -143,13 +143,7 @@ def train(
         _keep_pages()
     torch.backends.cudnn.benchmark = True  # the fastest convolutions for batches all alike
     torch.manual_seed(config.seed)
-    series = [
-        s
-        for s in bank.series
-        if s.patient not in config.held_out
-        and len(s.z_mm) >= config.min_slices
-        and not any(fnmatch.fnmatch(s.patient, pattern) for pattern in config.exclude)
-    ]
+    series = trained_on(bank, config)
     sampler = StackSampler(
         series,
         list(config.shares),
@@ -236,6 +230,17 @@ def train(
             report(progress)
             started, since = time.perf_counter(), done
     return average.eval()
+
+
+def trained_on(bank: Bank, config: TrainConfig) -> list[BankSeries]:
+    """Return the Series of a bank that a config trains on."""
+    return [
+        s
+        for s in bank.series
+        if s.patient not in config.held_out
+        and len(s.z_mm) >= config.min_slices
+        and not any(fnmatch.fnmatch(s.patient, pattern) for pattern in config.exclude)
+    ]
 
 
 def load(folder: Path) -> tuple[network.Regressor, TrainConfig, int]:

@@ -11,11 +11,12 @@ Rasmussen and Williams 2006, "Gaussian Processes for Machine Learning", equation
 likelihood), 4.17 (Matern 3/2) and 5.12 (leaving one out).
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from dicomnode.core import outline
 from dicomnode.errors import WeightsError
 from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
 
@@ -48,7 +49,6 @@ class Covariance:
     scan_length_mm: float
     noise_sd_mm: float  # of a bin
     bin_mm: float = 16.0
-    centre_mm: float = 300.0  # the height about which patients are taller or shorter
     factor: float = 1.0
     refuse_sigma_mm: float = 60.0  # beyond it the answer would be a guess
 
@@ -69,15 +69,14 @@ class Covariance:
         if not isinstance(values, dict) or set(values) != names:
             raise WeightsError(f"the bundle's covariance must give {', '.join(sorted(names))}")
         found = cls(**{k: float(v) for k, v in values.items()})
-        signed = {"centre_mm"}
-        if not all(np.isfinite(v) and (v > 0 or k in signed) for k, v in asdict(found).items()):
+        if not all(np.isfinite(v) and v > 0 for v in asdict(found).values()):
             raise WeightsError("the bundle's covariance has a value that is no positive number")
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Binned:
-    """A curve in bins of equal width: centre and body height minus position, (n,) mm."""
+    """A curve in bins of equal width: centre, height minus position, and height, (n,) mm."""
 
     z_mm: Floats
     excess_mm: Floats
@@ -95,7 +94,7 @@ def robust(fixed: ScoreCurve, moving: ScoreCurve, covariance: Covariance | None)
     for curve, name in ((fixed, "fixed"), (moving, "moving")):
         if curve.quality.slope <= 0:
             return _refuse(f"the {name} scan's body height does not grow towards the head")
-    f, m = binned(fixed, covariance), binned(moving, covariance)
+    f, m = binned(fixed, moving, covariance)
     offset_mm, sd = posterior(f, m, covariance)
     sigma_mm = sd * covariance.factor
     if sigma_mm > covariance.refuse_sigma_mm:
@@ -105,12 +104,15 @@ def robust(fixed: ScoreCurve, moving: ScoreCurve, covariance: Covariance | None)
     )
     top = min(fixed.z_mm[-1], moving.z_mm[-1] + offset_mm)
     overlap = max(0.0, float(top - max(fixed.z_mm[0], moving.z_mm[0] + offset_mm)))
+    dx_mm, dy_mm = outline.in_plane(fixed, moving, offset_mm)
     return Offset(
         method=Method.ROBUST,
         status=OffsetStatus.OK if shared and overlap > 0 else OffsetStatus.EXTRAPOLATED,
         offset_mm=offset_mm,
         overlap_mm=overlap,
         sigma_mm=sigma_mm,
+        dx_mm=dx_mm,
+        dy_mm=dy_mm,
     )
 
 
@@ -122,7 +124,7 @@ def posterior(f: Binned, m: Binned, c: Covariance) -> tuple[float, float]:
     if farthest > OUTLIER_SD:
         # One step of reweighting, as of a Student's t: far bins keep little of their say.
         z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
-        inflated = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
+        inflated: Floats = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
         n = len(noise_f)
         mode, sd, _ = _search(f, m, c, inflated[:n], inflated[n:])
     return mode, sd
@@ -181,14 +183,14 @@ def _search(
     centre = float(np.median(m.excess_mm) - np.median(f.excess_mm))
     step = STEP_MM
     while True:
-        t = centre + step * np.arange(-4, 5)
+        t: Floats = centre + step * np.arange(-4.0, 5.0)
         value, _ = log_likelihood(f, m, c, t, noise_f, noise_m)
         best = int(np.argmax(value))
         # Until the grid holds the whole posterior: three sd to either side.
         if max(value[0], value[-1]) < value[best] - 4.5 or step >= MAX_STEP_MM:
             break
         centre, step = float(t[best]), step * 2
-    fine = t[best] + step / 4 * np.array([-3, -2, -1, 1, 2, 3])
+    fine: Floats = t[best] + step / 4 * np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
     finer, farthest = log_likelihood(f, m, c, fine, noise_f, noise_m)
     t, value = np.concatenate([t, fine]), np.concatenate([value, finer])
     order = np.argsort(t)
@@ -243,7 +245,7 @@ def _own(b: Binned, c: Covariance) -> Floats:
 
 
 def _shared(lag: Floats, height_a: Floats, height_b: Floats, c: Covariance) -> Floats:
-    slope = (height_a - c.centre_mm) * (height_b - c.centre_mm) * c.slope_sd**2
+    slope = height_a * height_b * c.slope_sd**2
     shared: Floats = (
         LEVEL_SD_MM**2 + slope + c.anatomy_sd_mm**2 * _matern(lag / c.anatomy_length_mm)
     )
@@ -256,8 +258,18 @@ def _matern(x: Floats) -> Floats:
     return k
 
 
-def binned(curve: ScoreCurve, c: Covariance) -> Binned:
-    """Return a curve in bins of `c.bin_mm`, wider ones where there would be too many."""
+def binned(fixed: ScoreCurve, moving: ScoreCurve, c: Covariance) -> tuple[Binned, Binned]:
+    """Return both curves in bins of `c.bin_mm`, wider ones where there would be too many.
+
+    Heights are counted from the fixed curve's median: about it a patient is taller or shorter
+    than the population, and a constant says nothing, as positions have an arbitrary zero.
+    """
+    f, m = _binned(fixed, c), _binned(moving, c)
+    middle = float(np.median(f.height_mm))
+    return replace(f, height_mm=f.height_mm - middle), replace(m, height_mm=m.height_mm - middle)
+
+
+def _binned(curve: ScoreCurve, c: Covariance) -> Binned:
     extent = float(curve.z_mm[-1] - curve.z_mm[0])
     width = max(c.bin_mm, extent / MAX_BINS)
     count = max(2, int(extent / width))

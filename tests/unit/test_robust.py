@@ -44,7 +44,7 @@ def curve_of(z_mm, height_mm):
 def patient(rng, spacing_mm=3.0, extent_mm=900.0):
     """Positions of a body, and its true height curve, with its own proportions."""
     z = np.arange(0.0, extent_mm, spacing_mm)
-    stretch = (z - COVARIANCE.centre_mm) * rng.normal(0, COVARIANCE.slope_sd)
+    stretch = (z - 300.0) * rng.normal(0, COVARIANCE.slope_sd)
     return z, z + stretch + process(rng, z, 40.0, 10.0)
 
 
@@ -181,3 +181,14 @@ def test_few_and_unevenly_spaced_slices_will_do():
     fixed = curve_of(np.arange(-100.0, 200.0, 5.0), np.arange(-100.0, 200.0, 5.0))
     found = robust.robust(fixed, curve_of(z, z + 30.0), COVARIANCE)
     assert found.offset_mm == pytest.approx(30.0, abs=1.0)
+
+
+def test_the_shift_in_plane_comes_from_body_centres():
+    fixed, moving, _ = next(drawn_pairs(1, lambda r, n: (slice(0, n), slice(60, 200)), seed=11))
+    assert robust.robust(fixed, moving, COVARIANCE).dx_mm is None  # nothing is known of it
+
+    def centred(curve, x_mm, y_mm):
+        return replace(curve, body_centre_mm=np.tile([x_mm, y_mm], (len(curve.z_mm), 1)))
+
+    found = robust.robust(centred(fixed, 4.0, -20.0), centred(moving, -8.0, 5.0), COVARIANCE)
+    assert (found.dx_mm, found.dy_mm) == pytest.approx((12.0, -25.0))
