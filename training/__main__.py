@@ -1,4 +1,4 @@
-"""`python -m training`: index, train, evaluate, calibrate, export, compare."""
+"""`python -m training`: index, train, folds, ablate, evaluate, calibrate, export, compare."""
 
 # What needs torch is imported inside the commands that use it: the processes of `index`
 # import this module, and there may be one for each core.
@@ -197,6 +197,57 @@ def folds_(
 
         slices = banks.load(bank)
         folds.run(slices, settings, out, count=count, only=numbers, device=device, report=report)
+
+
+@main.command("ablate")
+@_bank_option
+@click.option("--config", required=True, type=_existing, help="TOML file of each run.")
+@click.option("--out", required=True, type=_path, help="Folder of the runs and of the table.")
+@click.option("--without", "names", multiple=True, help="Term to take away; each where none is.")
+@click.option("--fold", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--steps", type=click.IntRange(1), help="In place of the config's.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+def ablate_(
+    bank: Path,
+    config: Path,
+    out: Path,
+    names: tuple[str, ...],
+    fold: int,
+    steps: int | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Train short runs with one term of the method taken away, and print what that costs.
+
+    \b
+    Example: python -m training ablate --bank bank --config compact.toml --out runs/ablate
+    """
+    import torch
+
+    from training import ablate, train
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = train.TrainConfig.from_toml(config)
+    settings = replace(settings, steps=steps or settings.steps)
+    terms = ablate.named(names)
+    with _progress() as bar:
+        every = (ablate.WHOLE, *(t.name for t in terms))
+        tasks = {name: bar.add_task(name, total=settings.steps) for name in every}
+        rows = ablate.run(
+            banks.load(bank),
+            settings,
+            out,
+            terms=terms,
+            fold=fold,
+            device=device,
+            report=lambda name, p: bar.update(tasks[name], completed=p.step),
+        )
+    text = ablate.to_markdown(rows, settings)
+    click.echo(text)
+    write_json(out / "ablation.json", rows)
+    (out / "ablation.md").write_text(text)
 
 
 @main.command("evaluate")

@@ -22,6 +22,7 @@ from dicomnode.model import PatientKey
 from dicomnode.node.score import Scorer
 from tests.dicom import ct_dataset, part10
 from training import (
+    ablate,
     archive,
     calibrate,
     evaluate,
@@ -670,3 +671,16 @@ def test_the_command_line_says_when_an_archive_holds_nothing_to_train_on(tmp_pat
     )
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "0 series" in result.output or result.exit_code != 0
+
+
+def test_an_ablation_takes_one_term_away_at_a_time(tmp_path, bank):
+    config = replace(FULL, steps=2, stacks=2, m=4, augmentation=None)
+    rows = ablate.run(bank, config, tmp_path, terms=ablate.named(["order", "ends"]), count=3)
+    assert [r["without"] for r in rows] == [ablate.WHOLE, "order", "ends"]
+    whole, order = (train.load(tmp_path / n)[1] for n in ("as-configured", "order"))
+    assert (whole.order, order.order) == (config.order, 0.0)
+    assert whole == replace(order, order=config.order)
+    text = ablate.to_markdown(rows, config)
+    assert "| nothing |" in text and "| order | Yan et al. 2018, equation 2 |" in text
+    with pytest.raises(ConfigError, match="no term 'x'"):
+        ablate.named(["x"])
