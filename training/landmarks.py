@@ -125,7 +125,8 @@ def _crossing(area: Floats, z_mm: Floats, i: int) -> float:
 
 def _smooth(area: Floats, z_mm: Floats) -> Floats:
     spacing = float(np.median(np.diff(z_mm)))
-    return ndimage.median_filter(area, size=2 * int(4.0 / spacing) + 1, mode="nearest")
+    size = 2 * int(4.0 / spacing) + 1
+    return np.asarray(ndimage.median_filter(area, size=size, mode="nearest"), float)
 
 
 def _largest(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
