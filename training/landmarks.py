@@ -1,4 +1,4 @@
-"""Landmarks of the body found from HU alone: where the lung begins and ends, the neck, the vertex.
+"""Landmarks of the body found from HU alone: femoral heads, ends of the lung, neck, vertex.
 
 Reads the network's inputs of one Series, gives positions in mm. Nothing here is learned or
 annotated: each landmark is a threshold on an area that physics gives (air, body).
@@ -22,6 +22,13 @@ LUNG_EDGE_CM2 = 15.0  # the apex and the base are where the lung's area falls to
 LUNG_CM2 = 90.0  # a scan shows the chest where the lung's area exceeds this
 NECK_PROMINENCE = 0.75  # the neck's area is below this share of the head's and the shoulders'
 VERTEX_CM2 = 30.0
+# A femoral head, some 48 mm wide, outlasts an opening that iliac wings and shafts do not; it lies
+# this far from the midline, nearer than a humeral head. Both sides show this much of it: a
+# contrasted kidney showed up to 14 cm2.
+BONE_HU = 150.0
+FEMORAL_RADIUS_MM = 17.5
+FEMORAL_LATERAL_MM = (55.0, 130.0)
+FEMORAL_CM2 = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +76,13 @@ def find(
     Returns
     -------
     dict
-        Of `lung_apex`, `lung_base`, `neck`, `vertex`; what is not shown is left out.
+        Of `femoral_heads`, `lung_base`, `lung_apex`, `neck`, `vertex`; what is not shown is left out.
     """
     a = areas(inputs, spec or PreprocessSpec())
     z = np.asarray(z_mm, float)
     found = lung_limits(a.lung, z)
     found |= head_limits(a.body, z, found.get("lung_apex"))
+    found |= hips(np.array([_massive_bone(x, spec) for x in inputs]), z)
     return found
 
 
@@ -115,6 +123,47 @@ def head_limits(body_cm2: Floats, z_mm: Floats, apex: float | None) -> dict[str,
             i -= 1
         found["vertex"] = _crossing(body, z_mm, i - 1)
     return found
+
+
+def hips(bone_cm2: Floats, z_mm: Floats) -> dict[str, float]:
+    """Return the centre of the run of slices in which both femoral heads are at their widest.
+
+    `bone_cm2` (N,) is the massive bone of the side that shows less of it. A run that the scan
+    cuts off tells nothing.
+    """
+    peak = int(np.argmax(bone_cm2))
+    if bone_cm2[peak] < FEMORAL_CM2:
+        return {}
+    low = high = peak
+    while low > 0 and bone_cm2[low - 1] > bone_cm2[peak] / 2:
+        low -= 1
+    while high < len(z_mm) - 1 and bone_cm2[high + 1] > bone_cm2[peak] / 2:
+        high += 1
+    if low == 0 or high == len(z_mm) - 1:
+        return {}
+    run = slice(low, high + 1)
+    return {"femoral_heads": float((bone_cm2[run] * z_mm[run]).sum() / bone_cm2[run].sum())}
+
+
+def _massive_bone(x: npt.NDArray[np.uint8], spec: PreprocessSpec) -> float:
+    """Area, cm2, of what is bone and as wide as a femoral head, of the side that shows less."""
+    radius = round(FEMORAL_RADIUS_MM / spec.pixel_mm)
+    rows, columns = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    disc = rows**2 + columns**2 <= radius**2 + 0.5
+    bone = ndimage.binary_closing(x > np.interp(BONE_HU, spec.hu, spec.value), np.ones((3, 3)))
+    if bone.sum() < 2 * disc.sum():
+        return 0.0
+    massive = ndimage.binary_opening(ndimage.binary_fill_holes(bone), disc)
+    labels, count = ndimage.label(massive)
+    if count < 2:
+        return 0.0
+    index = np.arange(1, count + 1)
+    lateral = np.array(ndimage.center_of_mass(massive, labels, index))[:, 1]
+    lateral = (lateral - (spec.size - 1) / 2) * spec.pixel_mm
+    area = ndimage.sum_labels(massive, labels, index) * spec.pixel_mm**2 / 100
+    near, far = FEMORAL_LATERAL_MM
+    inside = (np.abs(lateral) > near) & (np.abs(lateral) < far)
+    return float(min(area[inside & (lateral < 0)].sum(), area[inside & (lateral > 0)].sum()))
 
 
 def _crossing(area: Floats, z_mm: Floats, i: int) -> float:
