@@ -76,7 +76,7 @@ def find(
     Returns
     -------
     dict
-        Of `femoral_heads`, `lung_base`, `lung_apex`, `neck`, `vertex`; what is not shown is left out.
+        Of `femoral_heads`, `lung_base`, `lung_apex`, `neck`, `vertex`, those that are shown.
     """
     a = areas(inputs, spec or PreprocessSpec())
     z = np.asarray(z_mm, float)

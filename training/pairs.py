@@ -108,7 +108,7 @@ def make(
     jobs = [(p, members[p], todo, folder, config, spec) for p, todo in by_patient.items()]
     for reasons in _each(_render, jobs, workers, lambda n: progress("rendering", n, len(jobs))):
         left_out.update(reasons)
-    jobs = [(p, folder, readers) for p in by_patient]
+    jobs = [(p, folder, readers, spec) for p in by_patient]
     for _ in _each(_score, jobs, workers, lambda n: progress("scoring", n, len(jobs))):
         pass
     stored = {"config": asdict(config), "spec": spec.to_dict(), "patients": sorted(by_patient)}
@@ -295,9 +295,11 @@ def _render(
     return left_out
 
 
-def _score(patient: str, folder: Path, readers: Readers) -> None:
+def _score(patient: str, folder: Path, readers: Readers, spec: PreprocessSpec) -> None:
     """Store the scores of every scan that the pairs of a patient use."""
     reader = readers(patient)
+    if reader.spec != spec:
+        raise ValueError(f"the weights for {patient} read another input than was rendered")
     path = folder / "scores" / _file(patient)
     case_file = folder / "cases" / _file(patient)
     cases = _cases(folder, patient)
@@ -309,10 +311,8 @@ def _score(patient: str, folder: Path, readers: Readers) -> None:
         return
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name in names:
-        scan = _load_scan(folder, patient, name)
-        if scan.inputs.shape[1:] != (reader.spec.size, reader.spec.size):
-            raise ValueError(f"inputs of {scan.inputs.shape}, weights for {reader.spec.size}")
-        arrays[name], arrays[f"{name}.z"] = reader.score(scan.inputs), scan.z_mm
+        inputs, arrays[f"{name}.z"] = _stored(folder, patient, name, "inputs", "z_mm")
+        arrays[name] = reader.score(inputs)
     meta = {
         "key": key,
         "model": reader.model,
@@ -338,14 +338,14 @@ class _Volumes:
         return one, other
 
     def _one(self, name: str, span: Span) -> fasta.Volume:
-        scan = _load_scan(self.folder, self.patient, name)
-        dz, dy, dx = scan.spacing_mm.tolist()
-        z = scan.origin_mm[0] + np.arange(len(scan.small)) * dz
+        parts = _stored(self.folder, self.patient, name, "small", "spacing_mm", "origin_mm")
+        small, (dz, dy, dx), (first, y, x) = parts[0], parts[1].tolist(), parts[2].tolist()
+        z = first + np.arange(len(small)) * dz
         kept = (z >= span[0] - dz / 2) & (z <= span[1] + dz / 2)
         return fasta.Volume(
-            hu=scan.small[kept].astype(np.float32),
+            hu=small[kept].astype(np.float32),
             spacing_mm=(dz, dy, dx),
-            origin_mm=(float(z[kept][0]), float(scan.origin_mm[1]), float(scan.origin_mm[2])),
+            origin_mm=(float(z[kept][0]), y, x),
         )
 
 
@@ -444,12 +444,17 @@ def _cases(folder: Path, patient: str) -> list[dict[str, Any]]:
     return list(meta["cases"])
 
 
-def _load_scan(folder: Path, patient: str, name: str) -> _Scan:
-    with np.load(folder / "cases" / _file(patient)) as stored:
-        if f"{name}.inputs" in stored:
-            return _Scan(**{k: stored[f"{name}.{k}"] for k in _Scan.__slots__})
-    with np.load(folder / "scans" / _file(name)) as stored:
-        return _Scan(**{k: stored[f"scan.{k}"] for k in _Scan.__slots__})
+def _stored(folder: Path, patient: str, name: str, *parts: str) -> list[npt.NDArray[Any]]:
+    """Return parts of a scan, of those rendered for the patient or of a Series."""
+    for path, key in (
+        (folder / "cases" / _file(patient), name),
+        (folder / "scans" / _file(name), "scan"),
+    ):
+        if path.exists():
+            with np.load(path) as stored:
+                if f"{key}.{parts[0]}" in stored:
+                    return [stored[f"{key}.{part}"] for part in parts]
+    raise FileNotFoundError(f"no scan {name} in {folder}")
 
 
 def _save(
