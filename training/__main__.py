@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingCol
 from dicomnode.core import region
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.core.robust import Covariance
-from dicomnode.errors import NodeError
+from dicomnode.errors import ConfigError, NodeError
 from training import archive, fill, workers
 from training import bank as banks
 from training.durable import write_json
@@ -439,7 +439,11 @@ def _table1(
         made = pairs.load(out)
         # Robust learns how curves err from other patients than those it is measured on.
         task = bar.add_task("learning covariances", total=covariance.SPLITS)
-        learned = covariance.by_split(_teaching(out), progress=lambda n: bar.advance(task, n))
+        try:
+            learned = covariance.by_split(_teaching(out), progress=lambda n: bar.advance(task, n))
+        except ConfigError as exc:
+            learned = {}
+            click.echo(f"robust refuses: {exc}", err=True)
         compared = table.methods(methods, learned)
         task = bar.add_task("aligning", total=len(made))
         results = table.measure(made, compared, lambda n: bar.advance(task, n))

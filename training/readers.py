@@ -75,7 +75,9 @@ class Folds:
 
 @lru_cache(maxsize=2)
 def _run(folder: Path, spec: PreprocessSpec) -> tuple[Reader, tuple[str, ...]]:
-    net, config, _ = train.load(folder)
+    net, config, step = train.load(folder)
+    if step < config.steps:
+        raise ValueError(f"{folder} is not trained to its end: {step} of {config.steps} steps")
     path = folder / "heights.json"
     # The unit that the loss asked for, where the run is not calibrated.
     heights = HeightMap(config.mm_per_score, 0.0, 0.0)

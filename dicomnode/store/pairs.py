@@ -145,6 +145,6 @@ def trust(stored: StoredOffset) -> tuple[int, int, int, float]:
     return (
         0 if knows else 1,
         list(OffsetStatus).index(o.status),
-        [Method.ROBUST, Method.L1, Method.FAST].index(o.method),
+        [Method.L1, Method.FAST, Method.ROBUST].index(o.method),
         -(o.overlap_mm or 0.0),
     )

@@ -100,7 +100,7 @@ def test_a_follow_up_and_its_late_prior_are_aligned(tmp_path, database_url):
 
         stored = offset(node, follow_up, prior)
         assert abs(stored["offset_mm"] - truth) <= TOLERANCE_MM
-        assert (stored["status"], stored["method"], stored["reason"]) == ("ok", "l1", None)
+        assert (stored["status"], stored["method"], stored["reason"]) == ("ok", "robust", None)
         assert node.curve_uids(follow_up.series_uid) == follow_up.uids
         assert node.curve_uids(prior.series_uid) == prior.uids
 

@@ -168,7 +168,7 @@ def outcomes(found: files.ScoredFiles) -> list[ScoreCurve]:
 def test_the_offset_of_two_folders_is_how_far_the_table_moved(archive, scorer, method):
     fixed = outcomes(files.score([archive / "follow-up"], scorer))
     moving = outcomes(files.score([archive / "prior"], scorer))
-    best = files.best_offset(fixed, moving, method)
+    best = files.best_offset(fixed, moving, method, scorer.bundle.covariance)
     assert best is not None
     assert (best[0].series_uid, best[1].series_uid) == (FOLLOW_UP, PRIOR)
     assert (best[2].method, best[2].status) == (method, OffsetStatus.OK)
@@ -235,7 +235,7 @@ def assert_filled(settings: Settings) -> None:
     assert {r.revision for r in found.values()} == {1}
     with store.opened(settings.database.url) as engine, store.reading(engine) as session:
         stored = store.offsets_of(session)
-    assert [s.offset.method for s in stored] == [Method.L1, Method.FAST]
+    assert [s.offset.method for s in stored] == [Method.ROBUST, Method.L1, Method.FAST]
     for s in stored:
         assert (s.fixed_series, s.moving_series) == (FOLLOW_UP, PRIOR)
         assert s.offset.offset_mm == pytest.approx(SHIFT_MM, abs=0.01)

@@ -42,6 +42,7 @@ from dicomnode.node.score import POISON_ATTEMPTS, Scorer, ScoreStage, Taken
 from dicomnode.spool import Spool
 from dicomnode.weights import Bundle
 from tests.dicom import PATIENT_ID, PATIENT_NAME, ct_dataset, part10
+from tests.unit.test_robust import COVARIANCE
 
 A, B = "0123456789abcdef", "fedcba9876543210"  # associations
 SERIES, PRIOR, FOLLOW_UP = "1.2.1", "1.2.2", "1.2.3"
@@ -97,7 +98,15 @@ def brightness_bundle(folder: Path) -> Bundle:
         net.head.weight.fill_(scale)
         net.head.bias.fill_(-scale * dark)
     heights = HeightMap(mm_per_score=10.0, intercept_mm=0.0, residual_sd_mm=5.0)
-    weights.save(folder, net, name="brightness", spec=spec, heights=heights, training={})
+    weights.save(
+        folder,
+        net,
+        name="brightness",
+        spec=spec,
+        heights=heights,
+        training={},
+        covariance=COVARIANCE,
+    )
     return weights.load(folder)
 
 
@@ -215,7 +224,7 @@ def test_two_studies_go_from_the_spool_to_their_offset(spool, node, stage):
     assert align.step() == 0
     with store.reading(node) as session:
         found = store.offsets_of(session, fixed_study=f"{FOLLOW_UP}.0", moving_study=f"{PRIOR}.0")
-    assert [s.offset.method for s in found] == [Method.L1, Method.FAST]
+    assert [s.offset.method for s in found] == [Method.ROBUST, Method.L1, Method.FAST]
     for stored in found:
         assert stored.offset.status is OffsetStatus.OK
         assert stored.offset.offset_mm == pytest.approx(37.0, abs=0.01)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode import query, store
-from dicomnode.core import curve
+from dicomnode.core import curve, robust
 from dicomnode.core.admission import CT_IMAGE
 from dicomnode.core.curve import HeightMap
 from dicomnode.errors import StoreUnavailable
@@ -1043,18 +1043,19 @@ def test_an_offset_comes_back_whole(node):
     add_curve(node, FOLLOW_UP, study_datetime=LATER)
     whole = Offset(Method.L1, OffsetStatus.OK, 1 / 3, 55.0, 2 / 3, "why", -1 / 7, 0.0)
     bare = Offset(Method.FAST, OffsetStatus.REFUSED, reason="flat")
+    blind = Offset(Method.ROBUST, OffsetStatus.REFUSED, reason=robust.NO_COVARIANCE)
+    by_method = {o.method: o for o in (whole, bare, blind)}
     with store.writing(node) as session:
         for pending in store.pending_offsets(session, 10):
-            made = whole if pending.method is Method.L1 else bare
-            store.store_offset(session, pending, made, T0, 0.25)
+            store.store_offset(session, pending, by_method[pending.method], T0, 0.25)
     assert pairs(node) == set()
     with store.reading(node) as session:
         found = store.offsets_of(session)
-        assert store.count_offsets(session) == 2
-        assert store.offsets_of(session, method=Method.FAST) == found[1:]
+        assert store.count_offsets(session) == 3
+        assert store.offsets_of(session, method=Method.FAST) == found[1:2]
         assert store.offsets_of(session, fixed_study=f"{FOLLOW_UP}.0") == found
         assert store.offsets_of(session, moving_study=f"{FOLLOW_UP}.0") == []
-    assert [s.offset for s in found] == [whole, bare]
+    assert [s.offset for s in found] == [whole, bare, blind]
     first = found[0]
     assert (first.fixed_series, first.moving_series) == (FOLLOW_UP, PRIOR)
     assert (first.fixed_study, first.moving_study) == (f"{FOLLOW_UP}.0", f"{PRIOR}.0")
@@ -1073,21 +1074,30 @@ def test_the_most_trustworthy_offset_comes_first(node):
         ("1.3.0", Method.FAST): (ok, 200.0),
         ("1.3.1", Method.FAST): (extrapolated, 400.0),
         ("1.3.2", Method.FAST): (refused_, None),
+        # One knows that it does not know, one was never told how curves err.
+        ("1.3.0", Method.ROBUST): (extrapolated, 10.0),
+        ("1.3.1", Method.ROBUST): (refused_, "uncertain"),
+        ("1.3.2", Method.ROBUST): (refused_, robust.NO_COVARIANCE),
     }
     with store.writing(node) as session:
         for p in store.pending_offsets(session, 10):
-            status, overlap_mm = made[p.moving_series, p.method]
-            offset = Offset(p.method, status, 0.0 if overlap_mm else None, overlap_mm)
+            status, detail = made[p.moving_series, p.method]
+            offset = Offset(p.method, status, 0.0, detail)
+            if status is refused_:
+                offset = Offset(p.method, status, reason=detail)
             store.store_offset(session, p, offset, T0, 0.0)
     with store.reading(node) as session:
         found = store.offsets_of(session, fixed_study=f"{FOLLOW_UP}.0", moving_study="1.3")
     assert [(s.moving_series, s.offset.method) for s in found] == [
+        ("1.3.0", Method.ROBUST),
+        ("1.3.1", Method.ROBUST),
         ("1.3.1", Method.L1),
         ("1.3.0", Method.L1),
         ("1.3.0", Method.FAST),
         ("1.3.2", Method.L1),
         ("1.3.1", Method.FAST),
         ("1.3.2", Method.FAST),
+        ("1.3.2", Method.ROBUST),
     ]
 
 
