@@ -41,7 +41,7 @@ def call(*command: object, status: int = 0) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == status, done.stderr
     return done

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from dicomnode.core import network
+from dicomnode.core.network import NetworkConfig
 from dicomnode.core.preprocess import PreprocessSpec
 from tests.alone import ALONE, call
 from training import bank
 from training.bank import BankSeries
 
+TINY = NetworkConfig(width=0.25)
 CONFIG = """
 steps = 6
 stacks = 4
 m = 4
 warmup = 2
+lr = 3e-3
 ema = 0.9
 millimetres = 1.0
 bf16 = {bf16}
@@ -48,6 +52,35 @@ torch.save = save_and_die
 train.main(sys.argv[1:])
 """
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+GRADIENTS = """
+import torch
+from training import losses, parallel
+
+def loss_of(net, x, z_mm):
+    score = parallel.gather(net(x[own]).squeeze(-1))
+    assert score.shape == (6, 4)
+    return losses.order(score) + losses.millimetres(score, z_mm, 1.0) + score.logsumexp((0, 1))
+
+def gradients():
+    net.zero_grad()
+    loss_of(net, x, z_mm).backward()
+    parallel.sum_gradients(net.parameters())
+    return [p.grad.clone() for p in net.parameters()]
+
+torch.manual_seed(0)
+net = torch.nn.Linear(5, 1).double()
+x, z_mm = torch.randn(6, 4, 5).double(), torch.rand(6, 4).double().cumsum(1)
+own = slice(None)
+alone = gradients()
+with parallel.joined("cpu"):
+    assert parallel.size() == 2
+    own = parallel.share(6)
+    assert own == slice(3 * parallel.rank(), 3 * parallel.rank() + 3)
+    torch.testing.assert_close(gradients(), alone)
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -55,7 +88,10 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("alone")
     rng = np.random.default_rng(0)
     n = 40
-    np.save(root / "slices.npy", rng.integers(0, 256, (3 * n, 128, 128), np.uint8))
+    y, x = np.mgrid[-64:64, -64:64]
+    discs = [150 * (np.hypot(x, y) < 15 + k) for k in range(n)] * 3  # wider towards the head
+    noise = rng.integers(0, 100, (3 * n, 128, 128))
+    np.save(root / "slices.npy", (discs + noise).astype(np.uint8))
     z_mm = tuple(5.0 * np.arange(n))
     series = [BankSeries(f"P{k}", f"1.{k}.0", f"1.{k}", k * n, z_mm) for k in range(3)]
     values = {
@@ -79,6 +115,10 @@ def log(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         assert line.pop("steps_per_s") > 0
     return lines
+
+
+def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in state.values()])
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -121,19 +161,25 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(folder, unbroken, tmp_path):
 
 def test_two_processes_train_as_one_does(folder, unbroken, tmp_path):
     """Sharded by stack, over gloo: the same losses, and weights, up to rounding."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    call(*torchrun, "-m", "training.train", *arguments(folder, tmp_path))
+    call(*TORCHRUN, "-m", "training.train", *arguments(folder, tmp_path))
     one, two = log(unbroken), log(tmp_path)
     assert [line["step"] for line in two] == [2, 4, 6]
     for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3, abs=1e-5)
         assert b["lr"] == a["lr"]
-    assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-2)
-    a, b = state(unbroken)["average"], state(tmp_path)["average"]
-    start = state(unbroken)["network"]
-    assert not all(torch.allclose(a[k], start[k], rtol=0, atol=1e-4) for k in a)
-    for k in a:
-        torch.testing.assert_close(b[k], a[k], rtol=0, atol=1e-4)
+    assert abs(one[0]["loss"]["millimetres"] / one[-1]["loss"]["millimetres"] - 1) > 0.01
+    torch.manual_seed(0)
+    start = flat(network.build(TINY).state_dict())
+    a, b = (flat(state(run)["network"]) for run in (unbroken, tmp_path))
+    # Adam turns the rounding of a gradient near 0 into a step: against the way that was gone.
+    assert 0 < (a - start).norm() < torch.inf
+    assert (a - b).norm() < 0.02 * (a - start).norm()
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    """In double precision, and for a loss that looks across stacks."""
+    (tmp_path / "program.py").write_text(GRADIENTS)
+    call(*TORCHRUN, tmp_path / "program.py")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +191,7 @@ def test_two_processes_train_as_one_does(folder, unbroken, tmp_path):
 )
 def test_what_two_processes_cannot_do_is_refused(folder, tmp_path, config, message):
     (tmp_path / "config.toml").write_text(f"steps = 2\nm = 4\n{config}")
-    command = ["--standalone", "--nproc-per-node", 2, "-m", "training.train", "--device", "cpu"]
+    command = ["-m", "training.train", "--device", "cpu"]
     files = [
         "--bank",
         folder,
@@ -154,7 +200,7 @@ def test_what_two_processes_cannot_do_is_refused(folder, tmp_path, config, messa
         "--run-folder",
         tmp_path / "run",
     ]
-    done = call("-m", "torch.distributed.run", *command, *files, status=1)
+    done = call(*TORCHRUN, *command, *files, status=1)
     assert message in done.stderr
 
 

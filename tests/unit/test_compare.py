@@ -66,7 +66,8 @@ def test_slopes_are_those_of_the_networks():
     """2 a slice of 10 mm, 5 mm a score: 1 mm a mm; and 1.1 times that."""
     row = rows(bundle("a"), bundle("b", gain=1.1), made_bank(3))["mean slope"]
     assert row["values"] == pytest.approx([1.0, 1.1])
-    assert row["difference"] == row["low"] == row["high"] == pytest.approx(0.1)
+    for key in ("difference", "low", "high"):  # all patients alike: every draw gives the same
+        assert row[key] == pytest.approx(0.1)
     assert (row["n"], row["patients"]) == (3, 3)
 
 
