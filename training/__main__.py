@@ -11,6 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TimeRemainingCol
 
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.errors import WeightsError
 from training import archive, calibrate, evaluate, export, pairs, protocol, readers, table, train
 from training import bank as banks
 
@@ -206,9 +207,12 @@ def _table1(
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)
 
-        left_out = pairs.make(
-            found.series, out, config, folded, spec=spec, workers=workers, progress=report
-        )
+        try:
+            left_out = pairs.make(
+                found.series, out, config, folded, spec=spec, workers=workers, progress=report
+            )
+        except WeightsError as exc:
+            raise click.ClickException(str(exc)) from exc
         made = pairs.load(out)
         task = bar.add_task("aligning", total=len(made))
         results = table.measure(made, compared, lambda n: bar.advance(task, n))
