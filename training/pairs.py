@@ -28,7 +28,7 @@ from dicomnode import dicomio
 from dicomnode.core import admission, curve, fasta, geometry, preprocess
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
-from dicomnode.errors import DicomError
+from dicomnode.errors import DicomError, WeightsError
 from dicomnode.model import Floats, Reason, ScoreCurve, Scores
 from training import followup, protocol
 from training.archive import ArchivedSeries
@@ -87,6 +87,11 @@ def make(
     """Make all pairs of an archive and score them; return what was left out, by reason.
 
     `progress` is told of each phase how many of its files are done, and of how many.
+
+    Raises
+    ------
+    WeightsError
+        If a patient has no weights that may score it, before anything is rendered.
     """
     for name in ("scans", "cases", "scores"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -102,13 +107,16 @@ def make(
     by_patient: dict[str, list[Planned]] = defaultdict(list)
     for planned in protocol.plan(sources, config):
         by_patient[planned.patient].append(planned)
+    for patient in by_patient:
+        if readers(patient).spec != spec:
+            raise WeightsError(f"the weights for {patient} read another input than is rendered")
     members: dict[str, list[ArchivedSeries]] = defaultdict(list)
     for s in archive:
         members[s.patient].append(s)
     jobs = [(p, members[p], todo, folder, config, spec) for p, todo in by_patient.items()]
     for reasons in _each(_render, jobs, workers, lambda n: progress("rendering", n, len(jobs))):
         left_out.update(reasons)
-    jobs = [(p, folder, readers, spec) for p in by_patient]
+    jobs = [(p, folder, readers) for p in by_patient]
     for _ in _each(_score, jobs, workers, lambda n: progress("scoring", n, len(jobs))):
         pass
     stored = {"config": asdict(config), "spec": spec.to_dict(), "patients": sorted(by_patient)}
@@ -295,11 +303,9 @@ def _render(
     return left_out
 
 
-def _score(patient: str, folder: Path, readers: Readers, spec: PreprocessSpec) -> None:
+def _score(patient: str, folder: Path, readers: Readers) -> None:
     """Store the scores of every scan that the pairs of a patient use."""
     reader = readers(patient)
-    if reader.spec != spec:
-        raise ValueError(f"the weights for {patient} read another input than was rendered")
     path = folder / "scores" / _file(patient)
     case_file = folder / "cases" / _file(patient)
     cases = _cases(folder, patient)

@@ -14,6 +14,7 @@ import torch
 from dicomnode import weights
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.errors import WeightsError
 from dicomnode.model import Scores
 from training import train
 
@@ -58,22 +59,22 @@ class Folds:
 
         Raises
         ------
-        ValueError
+        WeightsError
             If its fold was trained on it, or the folds do not name it.
         """
         if self.folders and patient not in self.folders:
-            raise ValueError(f"no fold for patient {patient}")
+            raise WeightsError(f"no fold for patient {patient}")
         folder = self.folders.get(patient, self.default)
         if folder is not None and not (folder / weights.MANIFEST).exists():
             reader, held_out = _run(folder, self.spec)
             unseen = patient in held_out
             if self.folders and not unseen:
-                raise ValueError(f"{folder} was trained on patient {patient}")
+                raise WeightsError(f"{folder} was trained on patient {patient}")
             return replace(reader, unseen=unseen)
         return _bundle(folder)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _run(folder: Path, spec: PreprocessSpec) -> tuple[Reader, tuple[str, ...]]:
     net, config, step = train.load(folder)
     if step < config.steps:
@@ -87,7 +88,7 @@ def _run(folder: Path, spec: PreprocessSpec) -> tuple[Reader, tuple[str, ...]]:
     return Reader(model, spec, heights, _scorer(net), None), config.held_out
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _bundle(folder: Path | None) -> Reader:
     bundle = weights.load(folder)
     return Reader(bundle.digest, bundle.spec, bundle.heights, _scorer(bundle.network), None)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dicomnode import dicomio, weights
 from dicomnode.core import phantom
 from dicomnode.core.network import NetworkConfig
 from dicomnode.core.preprocess import PreprocessSpec
+from dicomnode.errors import WeightsError
 from dicomnode.model import PatientKey
 from tests.dicom import part10
 from training import archive, pairs, protocol, readers, table
@@ -168,7 +170,7 @@ def test_other_weights_need_only_other_scores(found, made, tmp_path):
 def test_a_fold_scores_only_patients_it_never_saw(found, tmp_path):
     bank = banks.build(tmp_path / "bank", found.series, workers=1)
     tiny = TrainConfig(network=NetworkConfig(width=0.25), steps=1, stacks=2, m=4, bf16=False)
-    train(bank, TrainConfig.from_dict({**_plain(tiny), "held_out": ["P1"]}), tmp_path / "fold-1")
+    train(bank, replace(tiny, held_out=("P1",)), tmp_path / "fold-1")
     (tmp_path / "folds.json").write_text(json.dumps({"P1": "fold-1", "P2": "fold-1"}))
     folds = Folds.from_json(tmp_path / "folds.json", SPEC)
     assert folds("P1").unseen is True
@@ -178,17 +180,14 @@ def test_a_fold_scores_only_patients_it_never_saw(found, tmp_path):
     )
     readers._run.cache_clear()
     assert folds("P1").heights.mm_per_score == 7.0
-    with pytest.raises(ValueError, match="was trained on patient P2"):
+    with pytest.raises(WeightsError, match="was trained on patient P2"):
         folds("P2")
-    with pytest.raises(ValueError, match="no fold for patient P3"):
+    with pytest.raises(WeightsError, match="no fold for patient P3"):
         folds("P3")
     assert Folds(default=tmp_path / "fold-1", spec=SPEC)("P2").unseen is False
-
-
-def _plain(config: TrainConfig) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(config)
+    with pytest.raises(WeightsError, match="was trained on patient P2"):
+        pairs.make(found.series, tmp_path / "out", QUICK, folds, spec=SPEC, workers=0)
+    assert not list((tmp_path / "out" / "cases").iterdir()), "found out after the work was done"
 
 
 def test_a_bundle_does_not_tell_whom_it_saw():
