@@ -16,10 +16,10 @@ from sqlalchemy import Engine, delete
 
 from db import engine as engines
 from db import schema
-from dicomnode import backfill, dicomio, rescore, store, weights
+from dicomnode import backfill, dicomio, files, rescore, store, weights
 from dicomnode.cli import main
 from dicomnode.config import Settings
-from dicomnode.core import network, phantom
+from dicomnode.core import network, outline, phantom
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.network import NetworkConfig
 from dicomnode.core.preprocess import PreprocessSpec
@@ -168,11 +168,10 @@ def opened(node: Node) -> Engine:
     return engines.create(node.url)
 
 
-def test_rescored_curves_and_offsets_are_those_of_a_fresh_import(node, fresh, bundles, caplog):
+def test_rescored_curves_and_offsets_are_those_of_a_fresh_import(node, fresh, bundles):
     before = node.found()
     a, b = (weights.load(bundles[name]).digest for name in ("a", "b"))
     assert {c.model for c in before["curves"].values()} == {a}
-    caplog.set_level(logging.DEBUG)
     node.bundle = bundles["b"]
     result = node.cli("rescore", "--json")
     assert result.exit_code == 0, result.output
@@ -211,7 +210,17 @@ def test_rescored_curves_and_offsets_are_those_of_a_fresh_import(node, fresh, bu
         assert replace(row, revision=1, quality=None, height_mm=None, model=None) == replace(
             old, quality=None, height_mm=None, model=None
         )
-    assert PATIENT_ID not in caplog.text + result.output
+    assert PATIENT_ID not in result.output
+
+
+@on_sqlite
+def test_the_shift_in_plane_is_known_from_node_and_files(node, archive, bundles):
+    scorer = Scorer(weights.load(bundles["a"]), torch.device("cpu"), 8)
+    from_files = {s.header.series_uid: s.outcome for s in files.score([archive], scorer).series}
+    for curves in (node.found()["curves"], from_files):
+        dx_mm, dy_mm = outline.in_plane(curves[FOLLOW_UP], curves[PRIOR], 37.0)
+        assert dx_mm == pytest.approx(37.0 / 4, abs=1.0)
+        assert dy_mm == pytest.approx(0.0, abs=1.0)
 
 
 @on_sqlite
@@ -262,7 +271,8 @@ def test_one_series_may_be_named_and_pairs_wait_for_the_other(node, bundles):
 
 
 @on_sqlite
-def test_a_run_that_is_broken_off_goes_on_where_it_was(node, bundles):
+def test_a_run_that_is_broken_off_goes_on_where_it_was(node, bundles, caplog):
+    caplog.set_level(logging.DEBUG)
     bundle = weights.load(bundles["b"])
     scorer = Scorer(bundle, torch.device("cpu"), 8)
 
@@ -282,6 +292,8 @@ def test_a_run_that_is_broken_off_goes_on_where_it_was(node, bundles):
     assert len(summary.changed) == 1
     engine.dispose()
     assert {row.revision for row in node.found()["rows"].values()} == {2}
+    assert caplog.text.count("series rescored") == 2
+    assert PATIENT_ID not in caplog.text
 
 
 def test_a_slice_that_arrives_meanwhile_is_not_lost(node, bundles, archive):

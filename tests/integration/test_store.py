@@ -853,21 +853,21 @@ def test_pairs_come_back_once_one_bundle_scored_both(node):
 
 
 def test_slices_of_two_bundles_come_together(node):
-    """A Series that arrived while the bundle was exchanged, with a slice where another lies."""
+    """A Series that arrived while the bundle was exchanged."""
     exchange_bundle(node)
-    batch = kept_scan(SERIES)
-    record(node, batch[:8])
-    record(node, batch[8:], model=OTHER_MODEL)
+    batch = kept_scan(SERIES, 16)
+    record(node, batch[:12])
+    record(node, batch[12:], model=OTHER_MODEL)
     finish(node, SERIES)
     found = curve_of(node, SERIES)
-    assert found is not None and (found.model, len(found.z_mm)) == (MODEL, 8)
+    assert found is not None and (found.model, len(found.z_mm)) == (MODEL, 12)
     kept = kept_inputs(node, SERIES, OTHER_MODEL)
-    assert kept is not None and len(kept.inputs) == 8
+    assert kept is not None and len(kept.inputs) == 12
     with store.writing(node) as session:
         scores = {key: 0.5 * k for k, key in enumerate(kept.slices)}
         claimed = store.exchange_scores(session, kept, OTHER_MODEL, scores)
     assert claimed is not None and claimed.other_model == 0
-    assert [len(claimed.slices), claimed.model] == [12, OTHER_MODEL]
+    assert [len(claimed.slices), claimed.model] == [16, OTHER_MODEL]
 
 
 def test_slices_of_another_bundle_beside_a_curve_of_this_one_are_found(node):
