@@ -78,7 +78,8 @@ def find(
     dict
         Of `femoral_heads`, `lung_base`, `lung_apex`, `neck`, `vertex`, those that are shown.
     """
-    a = areas(inputs, spec or PreprocessSpec())
+    spec = spec or PreprocessSpec()
+    a = areas(inputs, spec)
     z = np.asarray(z_mm, float)
     found = lung_limits(a.lung, z)
     found |= head_limits(a.body, z, found.get("lung_apex"))

@@ -66,7 +66,7 @@ def share(stacks: int) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
-def prepare(net: Regressor, device: torch.device) -> nn.Module:
+def prepare(net: Regressor, device: torch.device) -> Regressor:
     """Return the network with batch statistics over all processes, where it has such.
 
     Raises
@@ -79,7 +79,9 @@ def prepare(net: Regressor, device: torch.device) -> nn.Module:
     if device.type != "cuda":
         raise ConfigError("batch normalisation over several processes needs GPUs: normalised")
     convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
-    return convert(net)
+    converted = convert(net)  # its modules; itself it stays
+    assert isinstance(converted, Regressor)
+    return converted
 
 
 def gather(own: Tensor) -> Tensor:

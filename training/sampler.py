@@ -75,8 +75,8 @@ class StackSampler:
             spacing = (z[-1] - z[0]) / (len(z) - 1)
             longest = min((len(z) - 1) // (self.m - 1), max(1, int(self.max_gap_mm / spacing)))
             step = rng.integers(1, longest + 1)
-            last = len(z) - 1 - step * (self.m - 1)
-            start = rng.integers(0, last + 1)
+            last = len(z) - 1 - int(step) * (self.m - 1)
+            start = int(rng.integers(0, last + 1))
             # Drawn evenly, a stack seldom holds the first or the last slices: the vertex.
             if self.ends and rng.random() < self.ends:
                 start = last if rng.random() < 0.5 else 0
