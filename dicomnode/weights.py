@@ -38,7 +38,7 @@ class Bundle:
     network: network.Regressor  # in eval(), on the CPU
     spec: PreprocessSpec
     heights: HeightMap
-    covariance: Covariance | None  # None: the robust method refuses
+    covariance: Covariance | None = None  # None: the robust method refuses
     regions: tuple[Region, ...] = ()
 
     @property
