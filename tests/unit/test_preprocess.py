@@ -229,3 +229,14 @@ def test_a_spec_without_a_field_is_refused():
     del values["body_hu"]
     with pytest.raises(WeightsError):
         PreprocessSpec.from_dict(values)
+
+
+def test_a_head_holder_alone_is_no_body():
+    """A shell 2 pixels thick holds more area than a body must, and no body."""
+    spec = PreprocessSpec()
+    x = np.zeros((spec.size, spec.size), np.uint8)
+    x[40:90, 30:32] = x[40:90, 96:98] = x[88:90, 30:98] = 200
+    assert (x > 0).sum() * spec.pixel_mm**2 > 2 * spec.body_mm2
+    assert preprocess.is_empty(x, spec)
+    x[60:67, 60:67] = 150  # the last of the head, 25 mm wide
+    assert not preprocess.is_empty(x, spec)
