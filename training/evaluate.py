@@ -28,6 +28,7 @@ MODEL = "evaluated"
 HEIGHTS = "heights.json"
 TRUNK, HEAD_NECK, LIMB, PHANTOM = "trunk", "head and neck", "limb", "phantom"
 GROUPS = {"all": (TRUNK, HEAD_NECK), TRUNK: (TRUNK,), HEAD_NECK: (HEAD_NECK,)}
+SLOPES, LEAST_R = (0.5, 1.5), 0.85  # that the plot shows
 DRAWS = 2000  # of the bootstrap by patient
 
 
@@ -361,10 +362,14 @@ def to_markdown(
 
 
 def plot(bank: Bank, reading: Reading, series: Sequence[SeriesFigures], path: Path) -> None:
-    """Write a PNG: curves on one axis, correlation and slope of each, landmarks by patient."""
+    """Write a PNG: curves on one axis, correlation and slope of each, landmarks by patient.
+
+    Phantoms are left out; what correlates less than the axis shows lies at its lower end.
+    """
     from matplotlib.figure import Figure
 
-    colours = {TRUNK: "tab:blue", HEAD_NECK: "tab:orange", LIMB: "tab:red", PHANTOM: "tab:gray"}
+    colours = {TRUNK: "tab:blue", HEAD_NECK: "tab:orange", LIMB: "tab:red"}
+    series = [f for f in series if f.part in colours]
     figure = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     members = {s.series_uid: s for s in bank.series}
@@ -372,11 +377,13 @@ def plot(bank: Bank, reading: Reading, series: Sequence[SeriesFigures], path: Pa
         z_mm, height_mm = np.asarray(members[f.series_uid].z_mm), reading.height_mm[f.series_uid]
         left.plot(z_mm + np.median(height_mm - z_mm), height_mm, lw=0.6, color=colours[f.part])
         if f.extent_mm >= MIN_EXTENT_MM:
-            middle.plot(f.slope, f.pearson_r, ".", color=colours[f.part])
+            at = np.clip(f.slope, *SLOPES), max(f.pearson_r, LEAST_R)
+            middle.plot(*at, ".", color=colours[f.part])
     span = left.get_ylim()
     left.plot(span, span, "k:", lw=1)
     left.set(xlabel="position, mm, each Series at its median", ylabel="body height, mm")
     middle.set(xlabel="slope, learned mm a true mm", ylabel="Pearson r")
+    middle.set_ylim(LEAST_R - 0.01, 1.005)
     middle.axvspan(0.9, 1.1, color="k", alpha=0.05)
     names = sorted({name for f in series for name in f.landmarks_mm})
     for row, name in enumerate(names):
