@@ -10,7 +10,7 @@ from dicomnode.core.curve import HeightMap
 from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from training import train
-from training.bank import Bank
+from training.bank import PHANTOM_PREFIX, Bank
 
 
 def bundle(
@@ -27,7 +27,8 @@ def bundle(
 ) -> str:
     """Write the averaged weights of a run, batch normalisation folded, and return the digest."""
     net, config, step = train.load(run)
-    trained = train.trained_on(bank, config)
+    every = train.trained_on(bank, config)
+    trained = [s for s in every if not s.patient.startswith(PHANTOM_PREFIX)]
     settings: dict[str, Any] = {
         "steps": step,
         "seed": config.seed,
@@ -43,6 +44,7 @@ def bundle(
         "patients": len({s.patient for s in trained}),
         "series": len(trained),
         "slices": sum(len(s.z_mm) for s in trained),
+        "phantoms": len(every) - len(trained),
         "bank_sha256": bank.digest(),
         "height_zero": zero,
         "commit": commit,
