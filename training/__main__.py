@@ -100,7 +100,7 @@ def train_(
 @click.option("--table1", multiple=True, type=_existing, help="Folder of DICOM: Table 1 on it.")
 @click.option("--folds", type=_existing, help='JSON for Table 1: {"patient": "runs/fold-k"}.')
 @click.option("--method", "methods", multiple=True, help="Of Table 1; all where none is named.")
-@click.option("--workers", default=2, show_default=True, help="Processes that make pairs.")
+@click.option("--workers", default=2, show_default=True, help="Processes of Table 1; 0: this one.")
 @click.option("--quick", is_flag=True, help="A few pairs, to try it out.")
 def evaluate_(
     bank: Path | None,
