@@ -260,7 +260,7 @@ def ablate_(
     "--marks", multiple=True, type=_existing, help="JSON of marked vertebrae of a Series."
 )
 @click.option("--method", "methods", multiple=True, help="Of Table 1; all where none is named.")
-@click.option("--workers", default=2, show_default=True, help="Processes that make pairs.")
+@click.option("--workers", default=2, show_default=True, help="Processes of Table 1; 0: this one.")
 @click.option("--quick", is_flag=True, help="A few pairs, to try it out.")
 def evaluate_(
     bank: Path | None,

@@ -83,6 +83,7 @@ def stamps(out: Path) -> dict[str, int]:
 
 def test_the_table_is_made_from_files_by_one_command(folder, made):
     arguments = ["evaluate", "--table1", str(folder), "--quick", "--out", str(made)]
+    arguments += ["--workers", "0"]
     before = stamps(made)
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -128,7 +129,7 @@ def test_the_volumes_of_a_pair_lie_where_its_curves_do(made):
             last = volume.origin_mm[0] + (len(volume.hu) - 1) * step
             assert volume.origin_mm[0] == pytest.approx(curve.z_mm[0], abs=step + 6.0)
             assert last == pytest.approx(curve.z_mm[-1], abs=2 * step + 6.0)
-            assert max(volume.hu.shape) <= 128
+            assert max(volume.hu.shape[1:]) <= 128
 
 
 def test_a_run_that_was_stopped_goes_on_patient_by_patient(found, made, tmp_path):
