@@ -10,7 +10,7 @@ from dicomnode.core.preprocess import Input
 def pack(x: Input) -> bytes:
     """Return an input, (size, size) uint8, as bytes; lossless.
 
-    Differences along rows, deflated with runs only: 5.6 kB and 0.12 ms a slice of real CT, where
+    Differences along rows, deflated with runs only: 5.7 kB and 0.12 ms a slice of real CT, where
     plain zlib takes 6.5 kB and 0.29 ms, and JPEG-LS 5.1 kB and 0.45 ms.
     """
     steps = x.copy()
