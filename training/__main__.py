@@ -422,7 +422,7 @@ def _table1(
         folded = readers.Folds.from_json(folds / "folds.json", spec)
     config = protocol.QUICK if quick else protocol.ProtocolConfig()
     if unknown := sorted(set(methods) - set(table.methods())):
-        raise click.UsageError(f"no method {unknown[0]}: {', '.join(table.methods())}")
+        raise click.UsageError(f"no method {unknown[0]!r}: {', '.join(table.methods())}")
     with _progress() as bar:
         task = bar.add_task("reading headers", total=None)
         found = archive.index(archives, progress=lambda n: bar.advance(task, n))

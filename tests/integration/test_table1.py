@@ -17,8 +17,7 @@ from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import WeightsError
 from dicomnode.model import PatientKey
 from tests.dicom import part10
-from training import archive, pairs, protocol, readers, table
-from training import bank as banks
+from training import archive, fill, pairs, protocol, readers, table
 from training.__main__ import main
 from training.protocol import QUICK, Kind
 from training.readers import Folds
@@ -169,7 +168,7 @@ def test_other_weights_need_only_other_scores(found, made, tmp_path):
 
 
 def test_a_fold_scores_only_patients_it_never_saw(found, tmp_path):
-    bank = banks.build(tmp_path / "bank", found.series, workers=1)
+    bank = fill.build(tmp_path / "bank", found.series).bank
     tiny = TrainConfig(network=NetworkConfig(width=0.25), steps=1, stacks=2, m=4, bf16=False)
     train(bank, replace(tiny, held_out=("P1",)), tmp_path / "fold-1")
     (tmp_path / "folds.json").write_text(json.dumps({"P1": "fold-1", "P2": "fold-1"}))

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
 import dicomnode
+from dicomnode import weights
 from dicomnode.core import align
 from dicomnode.model import Method, Offset, OffsetStatus, Quality, ScoreCurve
 from dicomnode.objects import transform
+from tests.unit.test_robust import COVARIANCE
 
 SHIFTS = st.floats(-2000, 2000)
 SEEDS = st.integers(0, 10**6)
@@ -69,7 +71,7 @@ def test_a_straight_curve_moved_by_d_has_offset_d_by_fast(d, n, spacing):
 @given(SEEDS, SEEDS, SHIFTS, st.sampled_from(list(Method)))
 def test_to_move_the_fixed_curve_by_d_adds_d_to_the_offset(a, b, d, method):
     fixed, moving = bent(a), bent(b)
-    before, after = (align.align(f, moving, method) for f in (fixed, moved(fixed, d)))
+    before, after = (align.align(f, moving, method, COVARIANCE) for f in (fixed, moved(fixed, d)))
     assert after.offset_mm - before.offset_mm == pytest.approx(d, abs=1e-6)
     assert after.status is before.status
 
@@ -189,7 +191,7 @@ def test_fast_refuses_a_fixed_scan_whose_score_does_not_grow(slope):
 @pytest.mark.parametrize("method", Method)
 def test_what_is_not_estimated_is_none(method):
     c = straight(np.arange(0, 100, 5))
-    offset = align.align(c, c, method)
+    offset = align.align(c, c, method, COVARIANCE)
     assert offset.method is method
     assert (offset.dx_mm, offset.dy_mm, offset.reason) == (None, None, None)
 
@@ -222,8 +224,19 @@ def test_the_best_pair_is_ok_before_extrapolated_then_the_longest():
     offset = dicomnode.align(fixed, [elsewhere, short, long], "l1")
     assert offset.status is OffsetStatus.OK
     assert offset.offset_mm == pytest.approx(-10)
-    assert dicomnode.align([fixed], [elsewhere]).status is OffsetStatus.EXTRAPOLATED
-    assert dicomnode.align([], fixed) is None
+    assert dicomnode.align([fixed], [elsewhere], "l1").status is OffsetStatus.EXTRAPOLATED
+    assert dicomnode.align([], fixed, "l1") is None
+
+
+def test_robust_takes_what_its_bundle_knows_and_no_other_bundle_s_curves():
+    z = np.arange(0, 400, 5.0)
+    model = weights.digest(weights.read_manifest())
+    fixed, moving = (replace(straight(p), model=model) for p in (z, z[20:60] + 7.0))
+    offset = dicomnode.align(fixed, moving)
+    assert (offset.method, offset.status) == (Method.ROBUST, OffsetStatus.OK)
+    assert offset.sigma_mm > 0
+    with pytest.raises(ValueError, match="another bundle"):
+        dicomnode.align(straight(z), moving)
 
 
 def test_the_itk_transform_takes_fixed_points_to_moving_points():
