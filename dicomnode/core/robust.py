@@ -23,6 +23,8 @@ from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
 SAMPLE_MM = 1.0  # a curve is resampled to it, then averaged over bins
 # The search starts with this step, and doubles it until it holds the whole posterior.
 STEP_MM, MAX_STEP_MM = 8.0, 64.0
+GRID = np.arange(-4.0, 5.0)  # steps about the centre, then about the best of them
+FINE = np.array([-0.75, -0.5, -0.25, 0.25, 0.5, 0.75])
 MIN_SD_MM = 0.5
 # Bins further from what their neighbours say count for less.
 OUTLIER_SD = 3.0
@@ -120,48 +122,57 @@ def posterior(f: Binned, m: Binned, c: Covariance) -> tuple[float, float]:
     """Return (mode, sd) of the offset, mm, both before `factor`."""
     noise_f = np.full(len(f.z_mm), c.noise_sd_mm**2)
     noise_m = np.full(len(m.z_mm), c.noise_sd_mm**2)
-    mode, sd, farthest = _search(f, m, c, noise_f, noise_m)
+    mode, sd, farthest = _search(_Conditional(f, m, c, noise_f, noise_m))
     if farthest > OUTLIER_SD:
         # One step of reweighting, as of a Student's t: far bins keep little of their say.
         z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
         inflated: Floats = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
         n = len(noise_f)
-        mode, sd, _ = _search(f, m, c, inflated[:n], inflated[n:])
+        mode, sd, _ = _search(_Conditional(f, m, c, inflated[:n], inflated[n:]))
     return mode, sd
 
 
-def log_likelihood(
-    f: Binned, m: Binned, c: Covariance, offsets_mm: Floats, noise_f: Floats, noise_m: Floats
-) -> tuple[Floats, Floats]:
-    """Return the log likelihood of each offset (T,), up to a constant, and what is left.
+class _Conditional:
+    """The moving curve's likelihood given the fixed one (Rasmussen and Williams, equation 2.19).
 
-    The moving curve's is conditioned on the fixed one (Rasmussen and Williams, equation
-    2.19), so that only matrices of the moving curve's size depend on the offset.
-
-    Returns
-    -------
-    (T,) float64
-        Log likelihood.
-    (T,) float64
-        The farthest bin from what the bins before it say, sd.
+    Only matrices of the moving curve's size depend on the offset; the others are made once.
     """
-    inverse = np.linalg.inv(np.linalg.cholesky(_own(f, c) + np.diag(noise_f)))
-    level = float(np.median(f.excess_mm))  # positions have an arbitrary zero
-    u = inverse @ (f.excess_mm - level)  # (n_f,)
-    lag = (f.z_mm[:, None] - m.z_mm[None, :])[None] - offsets_mm[:, None, None]
-    v = inverse @ _shared(lag, f.height_mm[:, None], m.height_mm[None, :], c)  # (T, n_f, n_m)
-    n = len(m.z_mm)
-    # The residual rides along as a last row, which the factorisation then whitens.
-    s = np.empty((len(offsets_mm), n + 1, n + 1))
-    s[:, :n, :n] = (_own(m, c) + np.diag(noise_m)) - v.transpose(0, 2, 1) @ v
-    s[:, n, :n] = (m.excess_mm - level)[None] - offsets_mm[:, None] - u @ v
-    s[:, :n, n] = s[:, n, :n]
-    s[:, n, n] = RIDER
-    root = np.linalg.cholesky(s)
-    white = root[:, n, :n]
-    log_det = np.log(np.diagonal(root[:, :n, :n], axis1=1, axis2=2)).sum(1)
-    farthest = np.maximum(np.abs(white).max(1), np.abs(u).max())
-    return -log_det - 0.5 * (white**2).sum(1), farthest
+
+    def __init__(
+        self, f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats
+    ) -> None:
+        self.f, self.m, self.c = f, m, c
+        self.inverse = np.linalg.inv(np.linalg.cholesky(_own(f, c) + np.diag(noise_f)))
+        self.level = float(np.median(f.excess_mm))  # positions have an arbitrary zero
+        self.u = self.inverse @ (f.excess_mm - self.level)  # (n_f,)
+        self.own = _own(m, c) + np.diag(noise_m)
+        self.lag = f.z_mm[:, None] - m.z_mm[None, :]  # (n_f, n_m)
+        self.flat = _flat(f.height_mm[:, None], m.height_mm[None, :], c)
+
+    @property
+    def centre_mm(self) -> float:
+        """Where the body heights agree on average."""
+        return float(np.median(self.m.excess_mm)) - self.level
+
+    def log(self, offsets_mm: Floats) -> tuple[Floats, Floats]:
+        """Return the log likelihood of each offset (T,), up to a constant, and what is left.
+
+        The second is the farthest bin from what the bins before it say, sd, (T,).
+        """
+        lag = self.lag[None] - offsets_mm[:, None, None]
+        shared = self.flat + self.c.anatomy_sd_mm**2 * _matern(lag / self.c.anatomy_length_mm)
+        v = self.inverse @ shared  # (T, n_f, n_m)
+        n = len(self.own)
+        # The residual rides along as a last row, which the factorisation then whitens.
+        s = np.empty((len(offsets_mm), n + 1, n + 1))
+        s[:, :n, :n] = self.own - v.transpose(0, 2, 1) @ v
+        s[:, n, :n] = (self.m.excess_mm - self.level)[None] - offsets_mm[:, None] - self.u @ v
+        s[:, n, n] = RIDER  # what lies above the diagonal is not read
+        root = np.linalg.cholesky(s)
+        white = root[:, n, :n]
+        log_det = np.log(np.diagonal(root[:, :n, :n], axis1=1, axis2=2)).sum(1)
+        farthest = np.maximum(np.abs(white).max(1), np.abs(self.u).max())
+        return -log_det - 0.5 * (white**2).sum(1), farthest
 
 
 def log_joint(f: Binned, m: Binned, c: Covariance, offset_mm: float) -> float:
@@ -176,22 +187,20 @@ def log_joint(f: Binned, m: Binned, c: Covariance, offset_mm: float) -> float:
     return -float(np.log(np.diag(root)).sum() + 0.5 * white @ white)
 
 
-def _search(
-    f: Binned, m: Binned, c: Covariance, noise_f: Floats, noise_m: Floats
-) -> tuple[float, float, float]:
+def _search(given: _Conditional) -> tuple[float, float, float]:
     """Mode and sd of the posterior of a flat prior, and the farthest bin there."""
-    centre = float(np.median(m.excess_mm) - np.median(f.excess_mm))
+    centre = given.centre_mm
     step = STEP_MM
     while True:
-        t: Floats = centre + step * np.arange(-4.0, 5.0)
-        value, _ = log_likelihood(f, m, c, t, noise_f, noise_m)
+        t: Floats = centre + step * GRID
+        value, _ = given.log(t)
         best = int(np.argmax(value))
         # Until the grid holds the whole posterior: three sd to either side.
         if max(value[0], value[-1]) < value[best] - 4.5 or step >= MAX_STEP_MM:
             break
         centre, step = float(t[best]), step * 2
-    fine: Floats = t[best] + step / 4 * np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
-    finer, farthest = log_likelihood(f, m, c, fine, noise_f, noise_m)
+    fine: Floats = t[best] + step * FINE
+    finer, farthest = given.log(fine)
     t, value = np.concatenate([t, fine]), np.concatenate([value, finer])
     order = np.argsort(t)
     t, value = t[order], value[order]
@@ -245,11 +254,13 @@ def _own(b: Binned, c: Covariance) -> Floats:
 
 
 def _shared(lag: Floats, height_a: Floats, height_b: Floats, c: Covariance) -> Floats:
-    slope = height_a * height_b * c.slope_sd**2
-    shared: Floats = (
-        LEVEL_SD_MM**2 + slope + c.anatomy_sd_mm**2 * _matern(lag / c.anatomy_length_mm)
-    )
-    return shared
+    shared: Floats = _flat(height_a, height_b, c)
+    return shared + c.anatomy_sd_mm**2 * _matern(lag / c.anatomy_length_mm)
+
+
+def _flat(height_a: Floats, height_b: Floats, c: Covariance) -> Floats:
+    flat: Floats = LEVEL_SD_MM**2 + height_a * height_b * c.slope_sd**2
+    return flat
 
 
 def _matern(x: Floats) -> Floats:
