@@ -23,6 +23,7 @@ from dicomnode.model import Floats, Method, Offset, OffsetStatus, ScoreCurve
 SAMPLE_MM = 1.0  # a curve is resampled to it, then averaged over bins
 # The search starts with this step, and doubles it until it holds the whole posterior.
 STEP_MM, MAX_STEP_MM = 8.0, 64.0
+NEAR_STEP_MM = 2.5  # where a first search says about where
 GRID = np.arange(-4.0, 5.0)  # steps about the centre, then about the best of them
 FINE = np.array([-0.75, -0.5, -0.25, 0.25, 0.5, 0.75])
 MIN_SD_MM = 0.5
@@ -125,10 +126,11 @@ def posterior(f: Binned, m: Binned, c: Covariance) -> tuple[float, float]:
     mode, sd, farthest = _search(_Conditional(f, m, c, noise_f, noise_m))
     if farthest > OUTLIER_SD:
         # One step of reweighting, as of a Student's t: far bins keep little of their say.
-        z = _leave_one_out(f, m, c, noise_f, noise_m, mode)
-        inflated: Floats = c.noise_sd_mm**2 * np.maximum(1.0, (z / OUTLIER_SD) ** 4)
-        n = len(noise_f)
-        mode, sd, _ = _search(_Conditional(f, m, c, inflated[:n], inflated[n:]))
+        z = np.abs(_leave_one_out(f, m, c, noise_f, noise_m, mode)) / OUTLIER_SD
+        if (z > 1).any():
+            inflated: Floats = c.noise_sd_mm**2 * np.maximum(1.0, z**4)
+            n = len(noise_f)
+            mode, sd, _ = _search(_Conditional(f, m, c, inflated[:n], inflated[n:]), mode)
     return mode, sd
 
 
@@ -187,23 +189,23 @@ def log_joint(f: Binned, m: Binned, c: Covariance, offset_mm: float) -> float:
     return -float(np.log(np.diag(root)).sum() + 0.5 * white @ white)
 
 
-def _search(given: _Conditional) -> tuple[float, float, float]:
+def _search(given: _Conditional, near_mm: float | None = None) -> tuple[float, float, float]:
     """Mode and sd of the posterior of a flat prior, and the farthest bin there."""
-    centre = given.centre_mm
-    step = STEP_MM
+    centre, step = (given.centre_mm, STEP_MM) if near_mm is None else (near_mm, NEAR_STEP_MM)
     while True:
         t: Floats = centre + step * GRID
-        value, _ = given.log(t)
+        value, farthest = given.log(t)
         best = int(np.argmax(value))
         # Until the grid holds the whole posterior: three sd to either side.
         if max(value[0], value[-1]) < value[best] - 4.5 or step >= MAX_STEP_MM:
             break
         centre, step = float(t[best]), step * 2
-    fine: Floats = t[best] + step * FINE
-    finer, farthest = given.log(fine)
-    t, value = np.concatenate([t, fine]), np.concatenate([value, finer])
-    order = np.argsort(t)
-    t, value = t[order], value[order]
+    if near_mm is None:
+        fine: Floats = t[best] + step * FINE
+        finer, farthest = given.log(fine)
+        t, value = np.concatenate([t, fine]), np.concatenate([value, finer])
+        order = np.argsort(t)
+        t, value = t[order], value[order]
     peak = int(np.argmax(value))
     mode = float(t[peak])
     if 0 < peak < len(t) - 1:
