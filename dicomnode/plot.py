@@ -61,9 +61,10 @@ def pair_png(fixed: ScoreCurve, moving: ScoreCurve, offset: Offset, path: Path) 
     figure = _figure(10, 4.5)
     before, after = figure.subplots(1, 2, sharey=True)
     shift = offset.offset_mm or 0.0
+    sigma = "" if offset.sigma_mm is None else f", sigma {offset.sigma_mm:.1f}"
     for axes, dz, title in (
         (before, 0.0, "as scanned"),
-        (after, shift, f"{offset.method}: {shift:+.1f} mm, {offset.status}"),
+        (after, shift, f"{offset.method}: {shift:+.1f} mm{sigma}, {offset.status}"),
     ):
         z_mm = moving.z_mm + dz
         axes.plot(fixed.z_mm, fixed.height_mm, ".-", color=FIXED, markersize=3, label="fixed")

@@ -195,9 +195,13 @@ def quality_line(curve: ScoreCurve, regions: Sequence[Region] = ()) -> str:
 def offset_lines(stored: StoredOffset) -> str:
     """Return an offset that was not refused, for people."""
     offset = stored.offset
+    sigma = "" if offset.sigma_mm is None else f"sigma {offset.sigma_mm:.1f} mm, "
+    in_plane = ""
+    if offset.dx_mm is not None and offset.dy_mm is not None:
+        in_plane = f"in plane: x {offset.dx_mm:+.0f} mm, y {offset.dy_mm:+.0f} mm\n"
     return (
-        f"{offset.method}: z_fixed = z_moving {offset.offset_mm:+.1f} mm, "
-        f"overlap {offset.overlap_mm:.0f} mm, {offset.status}\n"
+        f"{offset.method}: z_fixed = z_moving {offset.offset_mm:+.1f} mm, {sigma}"
+        f"overlap {offset.overlap_mm:.0f} mm, {offset.status}\n{in_plane}"
         f"fixed  {stored.fixed_series}\nmoving {stored.moving_series}"
     )
 
