@@ -168,7 +168,7 @@ def train(
         rng = np.random.default_rng((config.seed, step))
         generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
         index, z = sampler.draw(rng, config.stacks)
-        x = net.reduce(feed.take(index).float())  # (B, m, 64, 64) of compact, 128 of VGG-16
+        x = net.reduce(feed.take(index))  # (B, m, 64, 64) of compact, 128 of VGG-16
         if config.augmentation is not None:
             # Of the whole batch, so that a stack is varied alike however many processes train.
             x = augment(x, config.augmentation, generator)

@@ -61,13 +61,14 @@ class Regressor(nn.Module):
         -------
         (B,) float
         """
-        return self.regress(self.reduce(x.to(self.head.weight.dtype)))
+        return self.regress(self.reduce(x))
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Return inputs at the size that the convolutions see, (..., H, W) float in and out.
+        """Return inputs as the convolutions take them: their dtype and size, (..., H, W).
 
         Apart from `regress` so that training varies the smaller images.
         """
+        x = x.to(self.head.weight.dtype)
         return F.avg_pool2d(x, POOL) if self.config.kind == "compact" else x
 
     def regress(self, x: Tensor) -> Tensor:
