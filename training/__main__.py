@@ -463,9 +463,24 @@ def _table1(
 @click.argument("second", type=_existing)
 @_bank_option
 @click.option("--out", type=_path, help="Folder for comparison.json and comparison.md.")
+@click.option(
+    "--table1", multiple=True, type=_existing, help="Folder of DICOM: Table 1 on it, too."
+)
+@click.option("--quick", is_flag=True, help="A few pairs of Table 1, to try it out.")
 @_json_option
-def compare_(first: Path, second: Path, bank: Path, out: Path | None, as_json: bool) -> None:
+def compare_(
+    first: Path,
+    second: Path,
+    bank: Path,
+    out: Path | None,
+    table1: tuple[Path, ...],
+    quick: bool,
+    as_json: bool,
+) -> None:
     """Print the figures of two weight bundles on one bank, and their differences.
+
+    A bundle does not tell whom it saw: on patients that trained one of them, that one is
+    flattered.
 
     \b
     Example: python -m training compare my-bundle other-bundle --bank bank
@@ -473,12 +488,24 @@ def compare_(first: Path, second: Path, bank: Path, out: Path | None, as_json: b
     from dicomnode import weights
     from training import compare
 
+    if table1 and not out:
+        raise click.UsageError("--table1 needs --out, where its pairs are kept")
+
     bundles = weights.load(first), weights.load(second)
     slices = banks.load(bank)
     with _progress() as bar:
         total = 2 * sum(len(s.z_mm) for s in slices.series)
         task = bar.add_task("scoring", total=total)
         result = compare.compare(bundles, slices, progress=lambda n: bar.advance(task, n))
+        if table1 and out:
+            task = bar.add_task("Table 1", total=None)
+            result["table1"] = compare.table1(
+                (first, second),
+                archive.index(table1).series,
+                out / "table1",
+                quick=quick,
+                progress=lambda phase, done, total: bar.update(task, description=phase),
+            )
     text = compare.to_markdown(result)
     click.echo(json.dumps(result, indent=1) if as_json else text)
     if out:

@@ -4,20 +4,23 @@ Reads a bank and two bundles, gives figures of each and their differences with a
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dicomnode import weights
 from dicomnode.core import align, curve
 from dicomnode.core.curve import HeightMap
 from dicomnode.errors import WeightsError
 from dicomnode.model import Floats, Method
 from dicomnode.weights import Bundle
-from training import evaluate, validate
+from training import evaluate, pairs, protocol, readers, table, validate
+from training.archive import ArchivedSeries
 from training.bank import PHANTOM_PREFIX, Bank
 from training.validate import MIN_EXTENT_MM
 
@@ -140,6 +143,48 @@ def compare(
     }
 
 
+def table1(
+    bundles: tuple[Path, Path],
+    archive: Sequence[ArchivedSeries],
+    folder: Path,
+    *,
+    quick: bool = False,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> list[dict[str, Any]]:
+    """Return, of each bundle and method, the shares of categories over Table 1's follow-ups.
+
+    The same pairs for both; `folder` keeps them, so that a repeat scores no pair twice.
+
+    Parameters
+    ----------
+    bundles
+        Folders of the two.
+    """
+    config = protocol.QUICK if quick else protocol.ProtocolConfig()
+    rows = []
+    for place in bundles:
+        bundle = weights.load(place)
+        reader = readers.Folds(default=place)
+        pairs.make(archive, folder, config, reader, spec=bundle.spec, progress=progress)
+        made = [p for p in pairs.load(folder) if p.kind is protocol.Kind.FOLLOW_UP]
+        known = dict.fromkeys((p.patient for p in made), bundle.covariance)
+        covariances = {name: c for name, c in known.items() if c is not None}
+        for name, method in table.methods([str(m) for m in Method], covariances).items():
+            errors = [r.error_mm for r in table.measure(made, {name: method})]
+            answered = [protocol.category(e) for e in errors if not np.isnan(e)]
+            shares = [answered.count(k) / max(1, len(errors)) for k in (1, 2, 3, 4)]
+            rows.append(
+                {
+                    "bundle": bundle.name,
+                    "method": name,
+                    "pairs": len(errors),
+                    "refused": len(errors) - len(answered),
+                    "categories": shares,
+                }
+            )
+    return rows
+
+
 def to_markdown(result: dict[str, Any]) -> str:
     """Return the table of a comparison."""
     a, b = result["bundles"]
@@ -160,6 +205,14 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"| ms a slice | {a['ms_per_slice']:.3f} | {b['ms_per_slice']:.3f} "
         f"| x {b['ms_per_slice'] / a['ms_per_slice']:.2f} | |"
     )
+    if rows := result.get("table1"):
+        lines += ["", "| bundle | method | pairs | 1, % | 2 | 3 | 4 | refused |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in rows or []:
+        shares = " | ".join(f"{100 * share:.1f}" for share in row["categories"])
+        lines.append(
+            f"| {row['bundle']} | {row['method']} | {row['pairs']} | {shares} | {row['refused']} |"
+        )
     return "\n".join(lines) + "\n"
 
 

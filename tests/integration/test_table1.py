@@ -15,9 +15,9 @@ from dicomnode.core import phantom
 from dicomnode.core.network import NetworkConfig
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import WeightsError
-from dicomnode.model import PatientKey
+from dicomnode.model import Method, PatientKey
 from tests.dicom import part10
-from training import archive, fill, pairs, protocol, readers, table
+from training import archive, compare, fill, pairs, protocol, readers, table
 from training.__main__ import main
 from training.protocol import QUICK, Kind
 from training.readers import Folds
@@ -203,3 +203,20 @@ def test_a_table_needs_a_folder_and_known_methods(folder, tmp_path):
     unknown = ["--table1", str(folder), "--out", str(tmp_path), "--method", "magic"]
     assert "no method 'magic'" in run(main, ["evaluate", *unknown]).output
     assert "--table1" in run(main, ["evaluate"]).output
+
+
+def test_two_bundles_are_compared_on_the_same_pairs(found, made, tmp_path):
+    for path in made.rglob("*.npz"):
+        copy = tmp_path / path.relative_to(made)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    places = (weights.DEFAULT, weights.DEFAULT)
+    rows = compare.table1(places, found.series, tmp_path, quick=True)
+    assert [r["method"] for r in rows] == [*map(str, Method)] * 2
+    assert rows[:3] == rows[3:]  # one bundle against itself
+    for row in rows:
+        assert row["pairs"] == 6
+        assert sum(row["categories"]) * 6 + row["refused"] == pytest.approx(6)
+    empty = {"series": 0, "patients": 0, "slices": 0, "figures": [], "table1": rows}
+    empty["bundles"] = [{"name": n, "digest": n, "ms_per_slice": 1.0} for n in "ab"]
+    assert f"| {weights.load().name} | robust | 6 |" in compare.to_markdown(empty)
