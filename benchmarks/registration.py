@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import itk  # type: ignore[import-untyped]
+import itk
 import numpy as np
 import SimpleITK
 from rich.console import Console

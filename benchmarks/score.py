@@ -9,6 +9,7 @@ everything else needs numpy, torch and click alone.
 
 import json
 from datetime import datetime
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -43,7 +44,7 @@ def measure(
                 x = torch.randint(0, 256, (batch, 1, peak.SIZE, peak.SIZE), dtype=torch.uint8)
                 x = x.to(device)
                 with torch.inference_mode():
-                    seconds = peak.fastest(lambda: net(x), device, repeats=repeats, warm_up=1)  # noqa: B023
+                    seconds = peak.fastest(partial(net, x), device, repeats=repeats, warm_up=1)
                 rows.append(
                     {
                         "network": kind,

@@ -102,7 +102,7 @@ def _persist(call: Callable[[], T]) -> T:
         try:
             return call()
         except StoreUnavailable:
-            time.sleep(wait_s)
+            time.sleep(wait_s)  # for the worker beside to commit; the last try below raises
     return call()
 
 

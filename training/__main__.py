@@ -291,8 +291,11 @@ def evaluate_(
     slices = banks.load(bank)
     with _progress() as bar:
         task = bar.add_task("scoring", total=len(slices.slices))
-        read = evaluate.read_folds if folds else evaluate.read_run
-        reading = read(folds or run, slices, lambda n: bar.advance(task, n))  # type: ignore[arg-type]
+        if folds:
+            reading = evaluate.read_folds(folds, slices, lambda n: bar.advance(task, n))
+        else:
+            assert run is not None  # one of the two is named
+            reading = evaluate.read_run(run, slices, lambda n: bar.advance(task, n))
     series = evaluate.series_figures(slices, reading)
     found = series, evaluate.pair_figures(slices, reading)
     marked = [evaluate.mark_figures(slices, reading, path) for path in marks]

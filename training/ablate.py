@@ -6,6 +6,7 @@ that the differences count and not the figures.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def run(
             replace(config, held_out=held_out, **without),
             place,
             device=device,
-            report=lambda p, name=name: report(name, p),  # type: ignore[misc]
+            report=partial(report, name),
         )
         only = replace(bank, series=tuple(s for s in bank.series if s.patient in held_out))
         series = evaluate.series_figures(only, evaluate.read_run(place, only))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -204,4 +205,5 @@ def _to_json(header: FileHeader) -> list[object]:
 
 
 def _from_json(values: list[object]) -> FileHeader:
-    return FileHeader(*(tuple(v) if isinstance(v, list) else v for v in values))  # type: ignore[arg-type]
+    fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in values]
+    return FileHeader(*fields)

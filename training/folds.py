@@ -5,6 +5,7 @@ Writes `folds.json` (patient -> folder of the run that never saw it) and a run a
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dicomnode.errors import ConfigError
@@ -51,5 +52,5 @@ def run(
             replace(config, held_out=held_out),
             folder / f"fold-{fold}",
             device=device,
-            report=lambda p, fold=fold: report(fold, p),  # type: ignore[misc]
+            report=partial(report, fold),
         )

@@ -498,7 +498,9 @@ def test_height_0_can_be_named_and_regions_follow_it(bank, straight):
 
 
 def test_without_landmarks_height_0_must_be_named(bank, straight):
-    nothing: Any = lambda inputs, z_mm, spec: {}  # noqa: E731
+    def nothing(inputs, z_mm, spec) -> dict[str, float]:
+        return {}
+
     with pytest.raises(ValueError, match="no landmark of"):
         calibrate.calibrate(bank, straight, find=nothing)
     result = calibrate.calibrate(bank, straight, find=nothing, zero=("1.2.21", 0.0))

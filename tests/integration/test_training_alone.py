@@ -201,7 +201,8 @@ def test_two_processes_come_to_the_same_weights(folder, tmp_path):
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """In double precision, and for a loss that looks across stacks."""
     (tmp_path / "program.py").write_text(GRADIENTS)
-    call(*TORCHRUN, tmp_path / "program.py")
+    done = call(*TORCHRUN, tmp_path / "program.py")  # which asserts, in both processes
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(

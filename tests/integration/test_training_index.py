@@ -245,7 +245,7 @@ def test_an_index_can_be_interrupted_in_its_processes(folder, whole, tmp_path):
     out = tmp_path / "bank"
     with subprocess.Popen([*command, "--bank", out], cwd=ROOT, start_new_session=True) as process:
         while not (out / "headers.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)
+            time.sleep(0.01)  # until it is at work: nothing else tells
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
     index(folder, "--bank", out, "--workers", 2)
