@@ -52,7 +52,7 @@ def run(
             with serve.opened_worker(settings) as (worker, spool, engine):
                 if not fed:
                     ends = _feed(paths, spool, summary, progress, worker.step)
-                while _is_waiting(engine, ends):
+                while _is_waiting(spool, engine, ends):
                     if not worker.step():
                         time.sleep(LOOK_S)
                 while worker.step():  # the offsets that follow from the last curve
@@ -64,7 +64,7 @@ def run(
             ends = _feed(paths, spool, summary, progress, lambda: time.sleep(LOOK_S))
             fed = True
         with store.opened(settings.database.url) as engine:
-            if not _is_waiting(engine, ends):
+            if not _is_waiting(spool, engine, ends):
                 return _with_counts(engine, summary)
         time.sleep(LOOK_S)  # should the node stop, the next round finds its lease free
 
@@ -117,9 +117,9 @@ def _part10(path: Path, summary: Summary) -> bytes | None:
         return None
 
 
-def _is_waiting(engine: Engine, ends: list[SpooledEvent]) -> bool:
+def _is_waiting(spool: Spool, engine: Engine, ends: list[SpooledEvent]) -> bool:
     """Whether something that was fed is not in a finished Series yet."""
-    if any(end.path.exists() for end in ends):
+    if any(spool.waits(end) for end in ends):
         return True
     with store.reading(engine) as session:
         return any(store.is_waiting(session, end.association_id) for end in ends)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,7 +63,7 @@ class Decoded:
 
 
 def decode(
-    source: Path | BinaryIO,
+    source: Path | BinaryIO | bytes | bytearray | memoryview,
     spec: preprocess.PreprocessSpec,
     default_issuers: Mapping[str, str] | None = None,
 ) -> Decoded:
@@ -71,7 +72,7 @@ def decode(
     Parameters
     ----------
     source
-        A DICOM Part 10 file.
+        A DICOM Part 10 file, or its bytes.
     default_issuers
         Calling AE title -> issuer of Patient ID taken where the data set names none;
         "" -> the one for every other sender, and for files.
@@ -82,6 +83,8 @@ def decode(
         If it cannot be told which Instance it is. Whatever else is wrong comes back as
         a `reason`, so that the Series it belongs to can show it.
     """
+    if isinstance(source, bytes | bytearray | memoryview):
+        source = BytesIO(source)
     ds = read(source)
     calling = str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
     issuers = default_issuers or {}

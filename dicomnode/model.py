@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -109,9 +108,12 @@ class OffsetStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SpooledInstance:
-    """One Instance on stable storage: a DICOM Part 10 file with a name of our own making."""
+    """One Instance on stable storage: a DICOM Part 10 file with a name of our own making.
 
-    path: Path
+    Where it lies is the spool's business; `Spool.read` gives its bytes.
+    """
+
+    name: str
     association_id: str
     arrived_at: datetime
 
@@ -124,7 +126,7 @@ class SpooledEvent:
     says so, and every association opened before that is over.
     """
 
-    path: Path
+    name: str
     association_id: str
     kind: str
     arrived_at: datetime

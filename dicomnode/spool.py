@@ -71,8 +71,8 @@ class Spool:
                 f"{size} bytes more would leave less than {self.reserve_bytes} bytes "
                 f"free in {self.path}"
             )
-        path, arrived_at = self._write(parts, association_id, "dcm")
-        return SpooledInstance(path, association_id, arrived_at)
+        name, arrived_at = self._write(parts, association_id, "dcm")
+        return SpooledInstance(name, association_id, arrived_at)
 
     def put_event(self, association_id: str, kind: str) -> SpooledEvent:
         """Return the event once it is on stable storage.
@@ -81,8 +81,8 @@ class Spool:
         """
         if kind not in EVENT_KINDS:
             raise ValueError(f"no kind of event: {kind!r}")
-        path, arrived_at = self._write([], association_id, kind)
-        return SpooledEvent(path, association_id, kind, arrived_at)
+        name, arrived_at = self._write([], association_id, kind)
+        return SpooledEvent(name, association_id, kind, arrived_at)
 
     def pending(self, limit: int) -> list[Entry]:
         """Return what waits, oldest first, `limit` entries at most.
@@ -96,19 +96,35 @@ class Spool:
             oldest = heapq.nsmallest(limit, ours, key=lambda match: match[0])
         return [self._entry(match) for match in oldest]
 
-    def remove(self, entry: Entry) -> None:
-        """Forget an entry that was dealt with; a second time does no harm.
+    def read(self, entry: SpooledInstance) -> Bytes:
+        """Return the bytes of an Instance: a DICOM Part 10 file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it was removed meanwhile.
+        """
+        return (self._incoming / entry.name).read_bytes()
+
+    def waits(self, entry: Entry) -> bool:
+        """Whether an entry was neither removed nor set aside yet."""
+        return (self._incoming / entry.name).exists()
+
+    def remove(self, *entries: Entry) -> None:
+        """Forget entries that were dealt with; a second time does no harm.
 
         Not made durable: an entry that a power cut brings back is dealt with again.
         """
-        entry.path.unlink(missing_ok=True)
+        for entry in entries:
+            (self._incoming / entry.name).unlink(missing_ok=True)
 
     def quarantine(self, entry: SpooledInstance, reason: Reason) -> Path:
         """Set an Instance aside for a person to look at, and return where it lies now."""
-        aside = self._quarantine / f"{entry.path.stem}-{reason}.dcm"
+        path = self._incoming / entry.name
+        aside = self._quarantine / f"{path.stem}-{reason}.dcm"
         with self._refusals():
             try:
-                os.replace(entry.path, aside)
+                os.replace(path, aside)
             except FileNotFoundError:
                 if not aside.exists():  # else an earlier run was cut off after this step
                     raise
@@ -146,7 +162,7 @@ class Spool:
 
     def _write(
         self, parts: Sequence[Bytes], association_id: str, suffix: str
-    ) -> tuple[Path, datetime]:
+    ) -> tuple[str, datetime]:
         name = self._new_name(association_id, suffix)
         final = self._incoming / name
         part = self._incoming / f".{name}.part"  # same directory, so the rename is atomic
@@ -164,7 +180,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
-        return final, _arrival(name[:20])
+        return name, _arrival(name[:20])
 
     def _new_name(self, association_id: str, suffix: str) -> str:
         with self._naming:
@@ -177,10 +193,10 @@ class Spool:
         return name
 
     def _entry(self, match: re.Match[str]) -> Entry:
-        path, association_id, kind = self._incoming / match[0], match[2], match[3]
+        name, association_id, kind = match[0], match[2], match[3]
         if kind == "dcm":
-            return SpooledInstance(path, association_id, _arrival(match[1]))
-        return SpooledEvent(path, association_id, kind, _arrival(match[1]))
+            return SpooledInstance(name, association_id, _arrival(match[1]))
+        return SpooledEvent(name, association_id, kind, _arrival(match[1]))
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -8,76 +8,22 @@ import contextlib
 import logging
 import secrets
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    HTJ2KLossless,
-    HTJ2KLosslessRPCL,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
-from pynetdicom import (
-    AE,
-    PYNETDICOM_IMPLEMENTATION_UID,
-    PYNETDICOM_IMPLEMENTATION_VERSION,
-    AllStoragePresentationContexts,
-    Association,
-    _config,
-    build_context,
-    evt,
-)
-from pynetdicom.pdu_primitives import SOPClassCommonExtendedNegotiation
-from pynetdicom.presentation import PresentationContext
-from pynetdicom.service_class import ServiceClass
-from pynetdicom.sop_class import Verification, uid_to_service_class
+from pynetdicom import AE, Association, _config, build_context, evt
+from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, SpoolFull
+from dicomnode.scp.connection import PromptSocket
+from dicomnode.scp.contexts import handle_sop_common, supported_contexts
+from dicomnode.scp.meta import file_meta
 from dicomnode.spool import Spool
 
 logger = logging.getLogger(__name__)
-
-# Cheapest for us to decode first: ms for a 512 x 512 slice of CT, one core, the decoders we
-# install, November 2026.
-UNCOMPRESSED = (
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    DeflatedExplicitVRLittleEndian,
-)
-COMPRESSED = (
-    RLELossless,  # 0.8
-    HTJ2KLossless,  # 3.2
-    HTJ2KLosslessRPCL,
-    HTJ2K,
-    JPEGLSLossless,  # 4.0
-    JPEGLSNearLossless,
-    JPEGLosslessSV1,  # 4.9
-    JPEGLossless,
-    JPEG2000Lossless,  # 17
-    JPEG2000,
-    # CT has more than 8 bits, but its secondary captures may come in these.
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-)
-TRANSFER_SYNTAXES = UNCOMPRESSED + COMPRESSED
 
 # PS3.4 Table B.2-1
 SUCCESS = 0x0000
@@ -93,12 +39,6 @@ NETWORK_TIMEOUT_S = 120.0
 STOP_GRACE_S = 5.0
 ABORT_GRACE_S = 2.0
 TAKEOVER_S = 15.0
-
-QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux alone has it
-
-_STORAGE = {context.abstract_syntax for context in AllStoragePresentationContexts}
-_STORAGE_ARC = "1.2.840.10008.5.1.4.1.1."  # PS3.6 Table A-1
-_STORAGE_SERVICE_CLASS = UID("1.2.840.10008.4.2")
 
 
 class Receiver:
@@ -268,97 +208,12 @@ def handle_store(event: evt.Event, spool: Spool, association_id: str) -> int:
     return SUCCESS
 
 
-def file_meta(
-    sop_class_uid: str,
-    sop_instance_uid: str,
-    transfer_syntax_uid: str,
-    *,
-    calling_ae_title: str,
-    called_ae_title: str,
-) -> bytes:
-    """Return preamble, prefix and File Meta Information (PS3.10 Table 7.1-1) of an Instance."""
-    # Written by hand: pydicom takes 0.23 ms a slice, and objects to a UID that is none, which
-    # is for the worker to judge.
-    elements = b"".join(
-        (
-            struct.pack("<HH2sHI2s", 0x0002, 0x0001, b"OB", 0, 2, b"\x00\x01"),
-            _element(0x0002, "UI", sop_class_uid),
-            _element(0x0003, "UI", sop_instance_uid),
-            _element(0x0010, "UI", transfer_syntax_uid),
-            _element(0x0012, "UI", PYNETDICOM_IMPLEMENTATION_UID),
-            _element(0x0013, "SH", PYNETDICOM_IMPLEMENTATION_VERSION),
-            _element(0x0016, "AE", calling_ae_title),  # Source
-            _element(0x0017, "AE", calling_ae_title),  # Sending
-            _element(0x0018, "AE", called_ae_title),  # Receiving
-        )
-    )
-    length = struct.pack("<HH2sHI", 0x0002, 0x0000, b"UL", 4, len(elements))
-    return bytes(128) + b"DICM" + length + elements
-
-
 def handle_requested(event: evt.Event) -> None:
     """Say what we accept of the presentation contexts that this requestor proposes."""
     # For this association alone: listing all 170 storage classes costs each one 15 ms.
     event.assoc.acceptor.supported_contexts = supported_contexts(
         event.assoc.requestor.requested_contexts
     )
-
-
-def supported_contexts(proposed: Iterable[PresentationContext]) -> list[PresentationContext]:
-    """Return the contexts to accept: Verification, and storage in every syntax we know.
-
-    pynetdicom takes the first syntax of ours that the requestor proposes too. A requestor heads
-    its list with the syntax in which it holds the Instances. A compressed one comes first here
-    too, lest it has to decompress (many cannot); else what is cheapest for us to decode, since
-    any sender can turn one uncompressed syntax into another.
-    """
-    held: dict[UID, list[UID]] = {}
-    for context in proposed:
-        if is_storage(context.abstract_syntax):
-            syntaxes = held.setdefault(context.abstract_syntax, [])
-            first = next((s for s in context.transfer_syntax if s in TRANSFER_SYNTAXES), None)
-            if first in COMPRESSED:
-                syntaxes.append(first)
-    return [build_context(Verification)] + [
-        build_context(sop_class_uid, list(dict.fromkeys([*syntaxes, *TRANSFER_SYNTAXES])))
-        for sop_class_uid, syntaxes in held.items()
-    ]
-
-
-def is_storage(sop_class_uid: UID) -> bool:
-    """Whether objects of this SOP Class are to be stored.
-
-    Those pynetdicom knows, and private, retired and future ones that it does not: a study
-    is often sent with a private object beside its CT, and refusing that fails the whole. (Its
-    UNRESTRICTED_STORAGE_SERVICE would accept them in whatever syntax is proposed first.)
-    """
-    return sop_class_uid in _STORAGE or _is_unknown_storage(sop_class_uid)
-
-
-def handle_sop_common(event: evt.Event) -> dict[UID, SOPClassCommonExtendedNegotiation]:
-    """Return the Service Class of those proposed SOP Classes that pynetdicom does not know."""
-    items = {}
-    for context in event.assoc.requestor.requested_contexts:
-        if _is_unknown_storage(context.abstract_syntax):
-            item = SOPClassCommonExtendedNegotiation()
-            item.sop_class_uid = context.abstract_syntax
-            item.service_class_uid = _STORAGE_SERVICE_CLASS
-            items[context.abstract_syntax] = item
-    return items
-
-
-class PromptSocket(socket.socket):
-    """A connection that acknowledges at once what it receives.
-
-    DCMTK leaves Nagle on: it holds the end of a message back until its beginning is
-    acknowledged, which Linux delays by 40 ms. Real CT came in at 24 slices/s without this.
-    """
-
-    def recv(self, *args: int) -> bytes:
-        """Receive as usual; the option is not sticky, so it is set before each read."""
-        if QUICK_ACK is not None:
-            self.setsockopt(socket.IPPROTO_TCP, QUICK_ACK, 1)
-        return super().recv(*args)
 
 
 def handle_conn_open(event: evt.Event) -> None:
@@ -389,18 +244,6 @@ def handle_rejected(event: evt.Event) -> None:
             "address": event.assoc.requestor.address,
         },
     )
-
-
-def _is_unknown_storage(sop_class_uid: UID) -> bool:
-    ours_to_guess = sop_class_uid.is_private or sop_class_uid.startswith(_STORAGE_ARC)
-    return ours_to_guess and uid_to_service_class(sop_class_uid) is ServiceClass
-
-
-def _element(element: int, vr: str, text: str) -> bytes:
-    value = text.encode("ascii", errors="replace")
-    if len(value) % 2:
-        value += b"\0" if vr == "UI" else b" "
-    return struct.pack("<HH2sH", 0x0002, element, vr.encode(), len(value)) + value
 
 
 def _new_association_id() -> str:

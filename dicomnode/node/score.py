@@ -118,9 +118,9 @@ class ScoreStage:
                 break
             batch.append(entry)
         # What was in flight when the worker died goes alone, so that the one that did it is known.
-        if any(entry.path.name in self._suspects for entry in batch):
+        if any(entry.name in self._suspects for entry in batch):
             batch = batch[:1]
-        attempts = self._suspects.get(batch[0].path.name, 0) + 1 if len(batch) == 1 else 1
+        attempts = self._suspects.get(batch[0].name, 0) + 1 if len(batch) == 1 else 1
         self._write_in_flight(batch, attempts)
         if attempts > POISON_ATTEMPTS:
             self._put_aside(batch[0], Reason.CORRUPT, "it stopped the worker")
@@ -132,9 +132,9 @@ class ScoreStage:
                 raise
             except Exception:
                 # One of these did it: next time each goes alone, and is counted.
-                self._suspects |= {entry.path.name: attempts for entry in batch}
+                self._suspects |= {entry.name: attempts for entry in batch}
                 raise
-        self._suspects.pop(batch[0].path.name, None)
+        self._suspects.pop(batch[0].name, None)
         self._in_flight.unlink(missing_ok=True)
         return Taken(len(batch), batch[-1].arrived_at)
 
@@ -171,25 +171,25 @@ class ScoreStage:
         with store.writing(self.engine) as session:
             store.record_slices(session, self.scorer.bundle.digest, results)
             for entry, reason, detail in aside:
-                store.record_quarantined(session, entry.path.name, reason, detail, entry.arrived_at)
+                store.record_quarantined(session, entry.name, reason, detail, entry.arrived_at)
         for entry, reason, _ in aside:
             self.spool.quarantine(entry, reason)
             logger.warning(
-                "instance quarantined", extra={"file": entry.path.name, "reason": str(reason)}
+                "instance quarantined", extra={"file": entry.name, "reason": str(reason)}
             )
-        for entry in batch:
-            self.spool.remove(entry)
+        self.spool.remove(*batch)
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
         try:
-            return dicomio.decode(entry.path, self.scorer.bundle.spec, self.default_issuers)
+            data = self.spool.read(entry)
+            return dicomio.decode(data, self.scorer.bundle.spec, self.default_issuers)
         except DicomError as exc:
             return exc
         except (MemoryError, OSError):
             raise
         except Exception as exc:
             # What no rule foresaw must not stop the queue behind it.
-            logger.exception("instance not understood", extra={"file": entry.path.name})
+            logger.exception("instance not understood", extra={"file": entry.name})
             return CorruptObject(f"not understood: {type(exc).__name__}")
 
     def _end(self, event: SpooledEvent) -> None:
@@ -202,9 +202,9 @@ class ScoreStage:
 
     def _put_aside(self, entry: SpooledInstance, reason: Reason, detail: str) -> None:
         with store.writing(self.engine) as session:
-            store.record_quarantined(session, entry.path.name, reason, detail, entry.arrived_at)
+            store.record_quarantined(session, entry.name, reason, detail, entry.arrived_at)
         self.spool.quarantine(entry, reason)
-        logger.error("instance quarantined", extra={"file": entry.path.name, "reason": str(reason)})
+        logger.error("instance quarantined", extra={"file": entry.name, "reason": str(reason)})
 
     def _read_in_flight(self) -> dict[str, int]:
         """Name -> attempts of what was in flight when the last worker stopped."""
@@ -215,7 +215,7 @@ class ScoreStage:
 
     def _write_in_flight(self, batch: list[SpooledInstance], attempts: int) -> None:
         # Suspects that still wait keep their count; not synced: a power cut is no poison.
-        names = {**self._suspects, **{entry.path.name: attempts for entry in batch}}
+        names = {**self._suspects, **{entry.name: attempts for entry in batch}}
         partial = Path(f"{self._in_flight}.part")
         with contextlib.suppress(OSError):  # on a full disk, going on is what frees it
             partial.write_text(json.dumps(names))

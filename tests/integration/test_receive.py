@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     MPEG2MPML,
@@ -32,7 +34,8 @@ from dicomnode.config import Settings
 from dicomnode.errors import ConfigError
 from dicomnode.model import SpooledEvent, SpooledInstance
 from dicomnode.node import receive
-from dicomnode.node.receive import COMPRESSED, TRANSFER_SYNTAXES, Receiver
+from dicomnode.node.receive import Receiver
+from dicomnode.scp.contexts import COMPRESSED, TRANSFER_SYNTAXES
 from dicomnode.spool import Spool
 from tests.dicom import ct_dataset, part10, without_meta
 
@@ -84,6 +87,10 @@ def receiver(settings) -> Iterator[Receiver]:
 @pytest.fixture
 def spool(settings) -> Spool:
     return Spool(settings.spool.path)
+
+
+def read(spool: Spool, entry: SpooledInstance) -> Dataset:
+    return pydicom.dcmread(BytesIO(spool.read(entry)))
 
 
 def instances(spool: Spool) -> list[SpooledInstance]:
@@ -156,15 +163,15 @@ def test_store_answers_success_once_the_instance_is_in_the_spool(receiver, spool
     assert assoc.send_c_store(ds).Status == 0x0000
     (instance,) = instances(spool)
     assoc.release()
-    assert pydicom.dcmread(instance.path) == ds
+    assert read(spool, instance) == ds
 
 
 def test_file_meta_tells_who_sent_what_to_whom(receiver, spool):
     ds = ct_dataset()
     store(receiver.port, ds)
     (instance,) = instances(spool)
-    assert instance.path.read_bytes()[:132] == bytes(128) + b"DICM"
-    meta = pydicom.dcmread(instance.path).file_meta
+    assert spool.read(instance)[:132] == bytes(128) + b"DICM"
+    meta = read(spool, instance).file_meta
     assert meta.MediaStorageSOPClassUID == CTImageStorage
     assert meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
     assert meta.TransferSyntaxUID == ExplicitVRLittleEndian
@@ -174,7 +181,7 @@ def test_file_meta_tells_who_sent_what_to_whom(receiver, spool):
     assert meta.ImplementationClassUID == AE().implementation_class_uid
     group_length = meta.pop("FileMetaInformationGroupLength").value
     assert len(meta) == 9
-    assert 144 + group_length + len(without_meta(part10(ds))) == instance.path.stat().st_size
+    assert 144 + group_length + len(without_meta(part10(ds))) == len(spool.read(instance))
 
 
 @pytest.mark.parametrize("transfer_syntax", TRANSFER_SYNTAXES, ids=lambda uid: uid.keyword)
@@ -191,9 +198,9 @@ def test_the_data_set_is_spooled_byte_by_byte(
     assert assoc.send_c_store(sent).Status == 0x0000
     assoc.release()
     (instance,) = instances(spool)
-    received = instance.path.read_bytes()
+    received = spool.read(instance)
     assert without_meta(received) == without_meta(sent.read_bytes())
-    assert pydicom.dcmread(instance.path).file_meta.TransferSyntaxUID == transfer_syntax
+    assert read(spool, instance).file_meta.TransferSyntaxUID == transfer_syntax
 
 
 @pytest.mark.parametrize("program", ["storescu", "dcmsend"])
@@ -204,7 +211,7 @@ def test_store_by_dcmtk(receiver, spool, tmp_path, program):
         path.write_bytes(part10(ds))
     result = dcmtk(program, "-aet", "PACS", "-aec", "DICOMNODE", "127.0.0.1", receiver.port, *paths)
     assert result.returncode == 0, result.stderr
-    assert [pydicom.dcmread(entry.path) for entry in instances(spool)] == sent
+    assert [read(spool, entry) for entry in instances(spool)] == sent
     (end,) = eventually(lambda: ends(spool))
     assert end == (instances(spool)[0].association_id, "released")
 
@@ -216,7 +223,7 @@ def test_objects_other_than_ct_are_stored_too(receiver, spool, sop_class_uid):
     ds = ct_dataset(SOPClassUID=sop_class_uid)
     assert store(receiver.port, ds) == 0x0000
     (instance,) = instances(spool)
-    assert pydicom.dcmread(instance.path) == ds
+    assert read(spool, instance) == ds
 
 
 def test_a_duplicate_is_stored_again(receiver, spool):
@@ -231,8 +238,8 @@ def test_a_uid_that_is_a_path_does_no_harm(receiver, spool, tmp_path):
     uid = "../../../../etc/x"
     assert store(receiver.port, ct_dataset(SOPInstanceUID=uid)) == 0x0000
     (instance,) = instances(spool)
-    assert instance.path.parent == spool.path / "incoming"
-    assert pydicom.dcmread(instance.path).file_meta.MediaStorageSOPInstanceUID == uid
+    assert spool.waits(instance)
+    assert read(spool, instance).file_meta.MediaStorageSOPInstanceUID == uid
     assert {path for path in tmp_path.rglob("*") if path.parent.name != "incoming"} == before
 
 

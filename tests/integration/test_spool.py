@@ -43,14 +43,14 @@ def test_what_was_put_is_pending(spool):
     before = datetime.now(UTC)
     put = spool.put([b"head", b"body"], A)
     assert spool.pending(10) == [put]
-    assert put.path.read_bytes() == b"headbody"
+    assert spool.read(put) == b"headbody"
     assert put.association_id == A
     assert timedelta(0) <= put.arrived_at - before < timedelta(seconds=10)
 
 
 @pytest.mark.parametrize("data", [b"x", bytearray(b"x"), memoryview(b"x"), [b"x"], []])
 def test_data_may_come_whole_or_in_parts(spool, data):
-    assert spool.put(data, A).path.read_bytes() == b"".join([b"x"] if data else [])
+    assert spool.read(spool.put(data, A)) == b"".join([b"x"] if data else [])
 
 
 def test_pending_is_ordered_by_arrival(spool):
@@ -91,7 +91,7 @@ def test_foreign_names_are_neither_listed_nor_deleted(spool):
 
 def test_a_name_holds_nothing_of_the_data_set(spool):
     ds = ct_dataset()
-    name = spool.put(part10(ds), A).path.name
+    name = spool.put(part10(ds), A).name
     assert re.fullmatch(rf"\d{{20}}-\d{{6}}-{A}\.dcm", name)
     assert not any(text in name for text in (ds.SOPInstanceUID, PATIENT_NAME, PATIENT_ID))
 
@@ -130,7 +130,7 @@ def test_quarantine_keeps_the_bytes_and_tells_why(spool):
     entry = spool.put(b"bytes", A)
     aside = spool.quarantine(entry, Reason.NOT_DICOM)
     assert spool.pending(10) == []
-    assert aside == spool.path / "quarantine" / f"{entry.path.stem}-not_dicom.dcm"
+    assert aside == spool.path / "quarantine" / f"{Path(entry.name).stem}-not_dicom.dcm"
     assert aside.read_bytes() == b"bytes"
 
 
@@ -166,7 +166,7 @@ def test_file_then_rename_then_directory_reach_the_disk(spool, monkeypatch):
     monkeypatch.setattr(os, "replace", recording_replace)
     for put in (lambda: spool.put(b"x", A), lambda: spool.put_event(A, "released")):
         calls.clear()
-        final = put().path
+        final = spool.path / "incoming" / put().name
         part = final.with_name(f".{final.name}.part")
         assert calls == [("fsync", part), ("replace", part, final), ("fsync", final.parent)]
 
@@ -193,7 +193,7 @@ def test_what_a_killed_process_left_is_cleaned(spool):
     assert len(files(spool)) == 2
     assert spool.pending(10) == [kept]
     spool.clean()
-    assert files(spool) == [kept.path.name]
+    assert files(spool) == [kept.name]
 
 
 def test_what_a_living_process_is_writing_is_left_alone(spool, monkeypatch):
@@ -204,7 +204,7 @@ def test_what_a_living_process_is_writing_is_left_alone(spool, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", clean_and_replace)
-    assert spool.put(b"x", A).path.read_bytes() == b"x"
+    assert spool.read(spool.put(b"x", A)) == b"x"
 
 
 # A disk that takes no more
@@ -247,7 +247,7 @@ def test_a_full_disk_is_refused_and_leaves_nothing_half_written(small_disk):
             put.append(spool.put(bytes(100_000), A))
     assert isinstance(caught.value.__cause__, OSError)
     assert len(put) in range(8, 11)
-    assert files(spool) == [entry.path.name for entry in put]
+    assert files(spool) == [entry.name for entry in put]
 
     spool.remove(put[0])
     spool.put(bytes(100_000), A)

@@ -425,7 +425,7 @@ def bad_files() -> dict[str, bytes]:
 @pytest.mark.filterwarnings("ignore:The pixel data length:UserWarning")
 def test_an_unsound_file_is_kept_for_a_person_to_look_at(spool, node, stage):
     files = bad_files()
-    names = {reason: spool.put(data, A).path.stem for reason, data in files.items()}
+    names = {reason: Path(spool.put(data, A).name).stem for reason, data in files.items()}
     put_scan(spool, SERIES, range(4, 8))
     drain(stage)
     assert kept(spool) == {f"{names[reason]}-{reason}.dcm": data for reason, data in files.items()}
@@ -511,7 +511,7 @@ def test_no_file_stops_the_queue_behind_it(spool, node, stage):
             assert stage.step().instances == 1
         except Exception as exc:
             failures[name] = f"{type(exc).__name__}: {str(exc).splitlines()[0]}"
-            entry.path.unlink()
+            spool.remove(entry)
     assert not failures, "\n".join(f"{name}: {text}" for name, text in failures.items())
     assert spool.pending(10) == []
 
@@ -523,7 +523,7 @@ class Mortal(ScoreStage):
     """Dies of a file that holds POISON, as a worker does when a codec crashes."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in entry.path.read_bytes():
+        if POISON in self.spool.read(entry):
             raise SystemExit("killed")
         return super()._decode(entry)
 
@@ -532,7 +532,7 @@ class Sick(ScoreStage):
     """Cannot decode a file that holds POISON, but lives."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in entry.path.read_bytes():
+        if POISON in self.spool.read(entry):
             raise MemoryError
         return super()._decode(entry)
 
@@ -556,7 +556,7 @@ def test_a_file_that_kills_the_worker_is_put_aside(spool, node, build, position)
     entry = spool.put(POISON, A)
     put_scan(spool, SERIES, range(position, 12))
     assert deaths_until_done(build) == POISON_ATTEMPTS
-    assert kept(spool) == {f"{entry.path.stem}-corrupt.dcm": POISON}
+    assert kept(spool) == {f"{Path(entry.name).stem}-corrupt.dcm": POISON}
     assert quarantined(node) == {"corrupt": 1}
     assert received(node) == {SERIES: 12}
     assert spool.pending(1) == []
@@ -594,7 +594,7 @@ def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(spool
 def test_what_a_dead_worker_had_in_flight_goes_alone(spool, node, build):
     put_scan(spool, SERIES, range(6))
     first, second = spool.pending(2)
-    names = {first.path.name: 1, second.path.name: 1}
+    names = {first.name: 1, second.name: 1}
     (spool.path / ".in-flight.json").write_text(json.dumps(names))
     assert [t.instances for t in drain(build())] == [1, 1, 4]
     assert received(node) == {SERIES: 6}
@@ -605,11 +605,11 @@ def test_what_a_dead_worker_had_in_flight_goes_alone(spool, node, build):
 def test_a_file_is_tried_as_often_as_it_says(spool, node, build):
     put_scan(spool, SERIES, range(6))
     first, second, *_ = spool.pending(10)
-    names = {first.path.name: POISON_ATTEMPTS, second.path.name: POISON_ATTEMPTS - 1}
+    names = {first.name: POISON_ATTEMPTS, second.name: POISON_ATTEMPTS - 1}
     (spool.path / ".in-flight.json").write_text(json.dumps(names))
-    data = first.path.read_bytes()
+    data = spool.read(first)
     drain(build())
-    assert kept(spool) == {f"{first.path.stem}-corrupt.dcm": data}
+    assert kept(spool) == {f"{Path(first.name).stem}-corrupt.dcm": data}
     assert received(node) == {SERIES: 5}
 
 
@@ -644,7 +644,7 @@ from dicomnode.spool import Spool
 
 class Killed(ScoreStage):
     def _decode(self, entry):
-        if b"POISON" in entry.path.read_bytes():
+        if b"POISON" in self.spool.read(entry):
             os._exit(9)
         return super()._decode(entry)
 
@@ -707,8 +707,9 @@ def test_a_worker_that_comes_late_finishes_each_series_once(spool, node, bundle,
     put(spool, *(ct_slice(SERIES, level) for level in range(4, 12)), association=B)
     spool.put_event(B, "released")
     for entry in spool.pending(100):
-        time_ns, rest = entry.path.name.split("-", 1)
-        entry.path.rename(entry.path.with_name(f"{int(time_ns) - 3_600_000_000_000:020d}-{rest}"))
+        time_ns, rest = entry.name.split("-", 1)
+        path = spool.path / "incoming" / entry.name
+        path.rename(path.with_name(f"{int(time_ns) - 3_600_000_000_000:020d}-{rest}"))
 
     brightness_bundle(tmp_path / "bundle")
     score = {"model": tmp_path / "bundle", "device": "cpu", "batch": 4}

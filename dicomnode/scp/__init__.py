@@ -1,0 +1,1 @@
+"""What an association is made of, under the receiver: contexts, connections, messages."""
