@@ -218,14 +218,16 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
     \b
     Example:  dicomnode rescore --config node.toml
     """
+    from dicomnode import device, store, weights
     from dicomnode import rescore as rescoring
-    from dicomnode import store, weights
     from dicomnode.node.score import Scorer
 
     settings = configuration.load(_config_path(config))
     own = weights.load(settings.score.model)
     bundle = weights.load(model) if model else own
-    scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+    on = weights.pick_device(settings.score.device)
+    dtype = device.pick_dtype(settings.score.dtype, bundle, on)
+    scorer = Scorer(bundle, on, settings.score.batch, dtype)
     with store.opened(settings.database.url) as engine:
         if series_uid is not None:
             with store.reading(engine) as session:

@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -136,7 +136,12 @@ class ScoreSettings(_Section):
         default=None,
         description="Folder of a weight bundle; unset, the one that came with the node.",
     )
-    batch: int = Field(default=32, ge=1, le=1024, description="Slices scored at a time, at most.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description='Numbers the network works in. "auto" takes bfloat16 where the device is much '
+        "faster by it and gives the same scores, which is tried when the node starts.",
+    )
+    batch: int = Field(default=64, ge=1, le=1024, description="Slices scored at a time, at most.")
 
 
 class SeriesSettings(_Section):

@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 from dicomnode import dicomio, store
 from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
+from dicomnode.device import Runner
 from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
 from dicomnode.spool import Spool
@@ -35,11 +36,16 @@ POISON_ATTEMPTS = 3
 class Scorer:
     """A bundle's network on its device."""
 
-    def __init__(self, bundle: Bundle, device: torch.device, batch: int) -> None:
-        self.bundle, self.device, self.batch = bundle, device, batch
-        self._network = bundle.network.to(device)
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.bundle, self.device, self.batch, self.dtype = bundle, device, batch, dtype
+        self._run = Runner(bundle, device, dtype, batch)
 
-    @torch.inference_mode()
     def score(self, inputs: Sequence[Input]) -> Scores:
         """Return the score of each input, (N,) float32; inputs are (size, size) uint8.
 
@@ -48,14 +54,8 @@ class Scorer:
         DeviceUnavailable
             If the device gives no answer, or no numbers.
         """
-        if not inputs:
-            return np.empty(0, np.float32)
         try:
-            out = []
-            for start in range(0, len(inputs), self.batch):
-                x = torch.from_numpy(np.stack(inputs[start : start + self.batch]))[:, None]
-                out.append(self._network(x.to(self.device)))  # (B, 1, 128, 128) -> (B,)
-            scores = torch.cat(out).float().cpu().numpy()
+            scores = self._run(inputs)
         except RuntimeError as exc:
             raise DeviceUnavailable(f"{self.device}: {str(exc).splitlines()[0]}") from exc
         if not np.isfinite(scores).all():

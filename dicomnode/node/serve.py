@@ -41,14 +41,16 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
-        from dicomnode import weights
+        from dicomnode import device, weights
         from dicomnode.node.align import AlignStage
         from dicomnode.node.assemble import AssembleStage
         from dicomnode.node.prune import PruneStage
         from dicomnode.node.score import Scorer, ScoreStage
 
         bundle = weights.load(settings.score.model)
-        scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+        on = weights.pick_device(settings.score.device)
+        dtype = device.pick_dtype(settings.score.dtype, bundle, on)
+        scorer = Scorer(bundle, on, settings.score.batch, dtype)
         issuers = {peer.ae_title: peer.default_issuer for peer in settings.node.peers}
         issuers[""] = settings.node.default_issuer
         with store.writing(engine) as session:
@@ -64,7 +66,12 @@ class Worker:
         self._assembled_at = self._pruned_at = 0.0
         logger.info(
             "worker started",
-            extra={"model": bundle.name, "digest": bundle.digest, "device": str(scorer.device)},
+            extra={
+                "model": bundle.name,
+                "digest": bundle.digest,
+                "device": str(on),
+                "dtype": str(dtype).removeprefix("torch."),
+            },
         )
         if stale:
             logger.warning("curves of another bundle", extra={"curves": stale})
