@@ -14,7 +14,7 @@ from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, 
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
 from dicomnode.store.rows import array, body_centres, curve_row, instances, scored_slice
-from dicomnode.store.session import insert, upsert
+from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
 # A slice sent again is the same slice when its score agrees this well: batches of another
@@ -211,21 +211,14 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
         series.modality = "CT"  # something else shares the Series: the CT names it
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
     refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
-    if scored:
-        upsert(session, schema.Slice, scored)
-    if refused:  # a damaged copy does not take the place of a sound one
-        session.execute(insert(session, schema.Slice).values(refused).on_conflict_do_nothing())
+    upsert(session, schema.Slice, scored)
+    insert_new(session, schema.Slice, refused)  # a damaged copy takes no sound one's place
+    last_at = {r.association_id: r.arrived_at for r in results or [newest]}
     arrivals = [
-        {
-            "series_id": series.id,
-            "association_id": r.association_id,
-            "last_at": r.arrived_at,
-            "ended": None,
-        }
-        for r in results or [newest]
+        {"series_id": series.id, "association_id": a, "last_at": at, "ended": None}
+        for a, at in last_at.items()
     ]
     upsert(session, schema.Arrival, arrivals)
-    session.flush()
     series.received = (
         session.scalar(
             select(func.count())
@@ -237,6 +230,14 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
 
 
 def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:
+    query = (
+        select(schema.Series)
+        .where(schema.Series.series_uid == header.series_uid)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if (known := session.scalars(query).one_or_none()) is not None:
+        return known
     session.execute(
         insert(session, schema.Series)
         .values(
@@ -257,12 +258,7 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
         )
         .on_conflict_do_nothing()
     )
-    return session.scalars(
-        select(schema.Series)
-        .where(schema.Series.series_uid == header.series_uid)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).one()
+    return session.scalars(query).one()
 
 
 def _known_slices(session: Session, series: schema.Series) -> dict[str, _Known]:
