@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -403,6 +404,111 @@ def test_a_scorer_takes_more_inputs_than_a_batch(bundle):
     assert scorer.score([]).shape == (0,)
 
 
+# Ahead
+
+
+class Watched(ScoreStage):
+    """Notes what is decoded, in order."""
+
+    def __init__(self, *arguments: Any, **values: Any) -> None:
+        super().__init__(*arguments, **values)
+        self.decoded: list[str] = []
+
+    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+        self.decoded.append(entry.name)
+        return super()._decode(entry)
+
+
+class Patient(Scorer):
+    """Scores only once the batch behind is being decoded, as a slow device would."""
+
+    stage: Watched
+    waits_for: set[str]
+
+    def score(self, inputs: Any) -> Scores:
+        deadline = time.monotonic() + 20
+        while not self.waits_for <= set(self.stage.decoded):
+            assert time.monotonic() < deadline, "nothing is decoded meanwhile"
+            time.sleep(0.001)
+        return super().score(inputs)
+
+
+@on_sqlite
+def test_the_next_batch_is_decoded_while_one_is_scored(spool, node, bundle, build):
+    put_scan(spool, SERIES, range(20))
+    names = [entry.name for entry in spool.pending(100)]
+    scorer = Patient(bundle, torch.device("cpu"), BATCH)
+    stage = scorer.stage = build(Watched, scorer=scorer)
+    scorer.waits_for = set(names[: 2 * BATCH])
+    assert stage.step().instances == BATCH
+    assert received(node) == {SERIES: BATCH}
+    assert set(stage.decoded) == set(names[: 2 * BATCH]), "and no further"
+    assert [entry.name for entry in spool.pending(100)] == names[BATCH:]
+    drain(stage)
+    assert received(node) == {SERIES: 20}
+    assert sorted(stage.decoded) == names, "each once"
+
+
+@on_sqlite
+def test_what_is_less_than_a_batch_waits_for_company(spool, node, build):
+    put_scan(spool, SERIES, range(BATCH + 3))
+    stage = build(Watched)
+    assert stage.step().instances == BATCH
+    assert len(stage.decoded) == BATCH
+    put_scan(spool, PRIOR, range(2))
+    assert stage.step().instances == 5
+
+
+@on_sqlite
+def test_the_end_of_an_association_is_not_run_ahead_of(spool, node, stage):
+    put_scan(spool, SERIES, range(BATCH))
+    spool.put_event(A, "released")
+    put_scan(spool, PRIOR, range(BATCH))
+    assert stage.step().instances == BATCH
+    assert ends(node) == {SERIES: (None,)}
+    assert stage.step().instances == 0
+    assert ends(node) == {SERIES: ("released",)}
+    assert stage.step().instances == BATCH
+    assert ends(node)[PRIOR] == (None,)
+
+
+@on_sqlite
+def test_a_batch_ahead_comes_again_when_the_device_fails(spool, node, bundle, build):
+    put_scan(spool, SERIES, range(20))
+    waiting = spool.pending(100)
+    stage = build(scorer=BrokenScorer(bundle, torch.device("cpu"), BATCH))
+    for _ in range(3):
+        with pytest.raises(DeviceUnavailable):
+            stage.step()
+        assert spool.pending(100) == waiting
+        assert not (spool.path / ".in-flight.json").exists()
+    stage.scorer = Scorer(bundle, torch.device("cpu"), BATCH)
+    drain(stage)
+    assert received(node) == {SERIES: 20}
+    assert kept(spool) == {}
+    assert not (spool.path / ".in-flight.json").exists()
+
+
+@on_sqlite
+def test_an_input_gets_its_own_score(spool, node, bundle, build):
+    """Slices without an input stand between; another batch size gives the same bits."""
+    found = []
+    for batch in (5, 64):
+        series = f"{SERIES}.{batch}"
+        for level in range(LEVELS):
+            put(spool, ct_slice(series, level))
+            localizer = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+            uid = f"{series}.{100 + level}"
+            put(spool, ct_slice(series, level, ImageType=localizer, SOPInstanceUID=uid))
+        drain(build(scorer=Scorer(bundle, torch.device("cpu"), batch)))
+        with store.reading(node) as session:
+            claimed = store.open_slices(session, series)
+        assert claimed is not None and len(claimed.set_aside) == LEVELS
+        found.append([s.score for s in sorted(claimed.slices, key=lambda s: s.image_position)])
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[0], [0.5 * k for k in range(LEVELS)], atol=1e-3)
+
+
 # What cannot be used
 
 
@@ -550,15 +656,15 @@ def deaths_until_done(build: Build) -> int:
 
 
 @on_sqlite
-@pytest.mark.parametrize("position", [0, 3, 7, 10])
+@pytest.mark.parametrize("position", [0, 3, 7, 10, 12, 19, 20])  # batches are of 8
 def test_a_file_that_kills_the_worker_is_put_aside(spool, node, build, position):
     put_scan(spool, SERIES, range(position))
     entry = spool.put(POISON, A)
-    put_scan(spool, SERIES, range(position, 12))
+    put_scan(spool, SERIES, range(position, LEVELS))
     assert deaths_until_done(build) == POISON_ATTEMPTS
     assert kept(spool) == {f"{Path(entry.name).stem}-corrupt.dcm": POISON}
     assert quarantined(node) == {"corrupt": 1}
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
     assert spool.pending(1) == []
 
 
@@ -567,17 +673,20 @@ def test_two_files_that_kill_the_worker_are_put_aside(spool, node, build):
     put_scan(spool, SERIES, range(2))
     spool.put(POISON + b"1", A)
     spool.put(POISON + b"2", A)
-    put_scan(spool, SERIES, range(2, 12))
+    put_scan(spool, SERIES, range(2, LEVELS))
     deaths_until_done(build)
     assert sorted(kept(spool).values()) == [POISON + b"1", POISON + b"2"]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 @on_sqlite
-def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(spool, node, build):
-    put_scan(spool, SERIES, range(3))
+@pytest.mark.parametrize("position", [3, 12])
+def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(
+    spool, node, build, position
+):
+    put_scan(spool, SERIES, range(position))
     spool.put(POISON, A)
-    put_scan(spool, SERIES, range(3, 12))
+    put_scan(spool, SERIES, range(position, LEVELS))
     stage = build(Sick)
     failures = 0
     while spool.pending(1):
@@ -587,7 +696,7 @@ def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(spool
             failures += 1
             assert failures <= POISON_ATTEMPTS
     assert list(kept(spool).values()) == [POISON]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 @on_sqlite
@@ -670,9 +779,9 @@ print(deaths)
 @on_sqlite
 def test_processes_that_a_file_kills_come_to_the_end(spool, node, database_url, tmp_path):
     brightness_bundle(tmp_path / "bundle")
-    put_scan(spool, SERIES, range(3))
+    put_scan(spool, SERIES, range(11))  # in the batch that is decoded ahead
     spool.put(POISON, A)
-    put_scan(spool, SERIES, range(3, 12))
+    put_scan(spool, SERIES, range(11, LEVELS))
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path / "bundle", database_url, spool.path],
         capture_output=True,
@@ -682,7 +791,7 @@ def test_processes_that_a_file_kills_come_to_the_end(spool, node, database_url, 
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == POISON_ATTEMPTS
     assert list(kept(spool).values()) == [POISON]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 # Completion
