@@ -30,7 +30,7 @@ from dicomnode.store.intake import (
     record_quarantined,
     record_slices,
 )
-from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
+from dicomnode.store.pairs import offsets_of, pending_offsets, store_offsets, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
@@ -87,7 +87,7 @@ __all__ = [
     "regions_of",
     "sqlite_file",
     "stale_series",
-    "store_offset",
+    "store_offsets",
     "trust",
     "writing",
 ]

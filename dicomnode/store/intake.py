@@ -13,7 +13,7 @@ from db import schema
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
-from dicomnode.store.rows import array, body_centres, curve_row, instances, scored_slice
+from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
 from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
@@ -128,13 +128,13 @@ def claim_series(session: Session, series_id: int) -> Claimed | None:
 
 def claimed_slices(session: Session, series_id: int) -> Claimed:
     """Return the slices of an open Series, those of one bundle apart from the rest."""
-    rows = session.scalars(select(schema.Slice).where(schema.Slice.series_id == series_id)).all()
+    rows = session.execute(SLICES.where(schema.Slice.series_id == series_id)).all()
     models = [str(r.model) for r in rows if r.reason is None]
     # A bundle was exchanged while the Series was open: scores of two bundles do not compare.
     model = max(sorted(set(models)), key=models.count, default=None)
     scored = [r for r in rows if r.reason is None and r.model == model]
     aside = {r.sop_instance_uid: str(r.reason) for r in rows if r.reason is not None}
-    return Claimed(tuple(map(scored_slice, scored)), aside, model, len(models) - len(scored))
+    return Claimed(scored_slices(scored), aside, model, len(models) - len(scored))
 
 
 def finish_series(
@@ -161,14 +161,17 @@ def finish_series(
     series.finished_at = now
     series.set_aside = claimed.set_aside
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
-    _delete_slices(session, series_id, claimed.set_aside)
     _drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
+        _delete_slices(session, series_id, claimed.set_aside)
         series.state, series.reason = outcome.reason.state, outcome.reason
         return 0
     series.state, series.reason = SeriesState.CURVE, None
     keep_previews(session, series, zip(outcome.sop_instance_uids, outcome.frames, strict=True))
-    _delete_slices(session, series_id, outcome.sop_instance_uids)
+    if len(outcome.frames) == len(claimed.slices) and not claimed.other_model:
+        _delete_slices(session, series_id)
+    else:
+        _delete_slices(session, series_id, [*claimed.set_aside, *outcome.sop_instance_uids])
     placed = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
     kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
     session.add(curve_row(series, outcome, kept, now))
@@ -351,8 +354,12 @@ def _finite(values: tuple[float, ...] | None) -> list[float] | None:
     return list(values) if values and np.isfinite(values).all() else None
 
 
-def _delete_slices(session: Session, series_id: int, uids: Iterable[str]) -> None:
+def _delete_slices(session: Session, series_id: int, uids: Iterable[str] | None = None) -> None:
+    """Delete the slice rows of some Instances of a Series, or of all."""
     rows = delete(schema.Slice).where(schema.Slice.series_id == series_id)
+    if uids is None:
+        session.execute(rows)
+        return
     # In parts: SQLite takes 32,766 parameters in a statement.
     for part in _parts(sorted(uids), 10_000):
         session.execute(rows.where(schema.Slice.sop_instance_uid.in_(part)))
