@@ -111,6 +111,17 @@ class SpoolSettings(_Section):
         ge=0,
         description="Free bytes to leave on that disk: below, objects are refused with 0xA700.",
     )
+    durability: Literal["journal", "file"] = Field(
+        default="journal",
+        description='How an object is written: "journal" appends it to a preallocated file, '
+        '"file" makes a file of it. Both survive a power cut; what either wrote is read.',
+    )
+    segment_bytes: int = Field(
+        default=64 << 20,
+        ge=1 << 20,
+        le=1 << 30,
+        description="Size of a file of the journal; each receiver keeps up to 6 of them.",
+    )
 
 
 class DatabaseSettings(_Section):

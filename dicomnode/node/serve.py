@@ -102,8 +102,9 @@ class Worker:
 
 def work(settings: Settings, stop: threading.Event) -> None:
     """Work until `stop` is set; errors of the database or device are waited out."""
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+    spool = Spool.of(settings.spool)
     with contextlib.ExitStack() as stack:
+        stack.callback(spool.close)
         # After a kill, what an earlier node left running needs a moment to notice and end.
         _take_over(lambda: stack.enter_context(spool.lease()), stop)
         # The database may come up after the node: its absence is waited out as well.
@@ -130,8 +131,12 @@ def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
     SpoolBusy
         If another worker is at that spool.
     """
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
-    with spool.lease(), store.opened(settings.database.url, create=True) as engine:
+    spool = Spool.of(settings.spool)
+    with (
+        contextlib.closing(spool),
+        spool.lease(),
+        store.opened(settings.database.url, create=True) as engine,
+    ):
         worker = Worker(settings, spool, engine)
         try:
             yield worker, spool, engine

@@ -629,7 +629,7 @@ class Mortal(ScoreStage):
     """Dies of a file that holds POISON, as a worker does when a codec crashes."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in self.spool.read(entry):
+        if POISON in bytes(self.spool.read(entry)):
             raise SystemExit("killed")
         return super()._decode(entry)
 
@@ -638,7 +638,7 @@ class Sick(ScoreStage):
     """Cannot decode a file that holds POISON, but lives."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in self.spool.read(entry):
+        if POISON in bytes(self.spool.read(entry)):
             raise MemoryError
         return super()._decode(entry)
 
@@ -716,7 +716,7 @@ def test_a_file_is_tried_as_often_as_it_says(spool, node, build):
     first, second, *_ = spool.pending(10)
     names = {first.name: POISON_ATTEMPTS, second.name: POISON_ATTEMPTS - 1}
     (spool.path / ".in-flight.json").write_text(json.dumps(names))
-    data = spool.read(first)
+    data = bytes(spool.read(first))
     drain(build())
     assert kept(spool) == {f"{Path(first.name).stem}-corrupt.dcm": data}
     assert received(node) == {SERIES: 5}
@@ -753,7 +753,7 @@ from dicomnode.spool import Spool
 
 class Killed(ScoreStage):
     def _decode(self, entry):
-        if b"POISON" in self.spool.read(entry):
+        if b"POISON" in bytes(self.spool.read(entry)):
             os._exit(9)
         return super()._decode(entry)
 
@@ -809,16 +809,17 @@ def test_a_backlog_does_not_look_like_silence(spool, node, stage):
 
 
 @on_sqlite
-def test_a_worker_that_comes_late_finishes_each_series_once(spool, node, bundle, tmp_path):
+def test_a_worker_that_comes_late_finishes_each_series_once(
+    spool, node, bundle, tmp_path, monkeypatch
+):
     """An hour's backlog of a Series that two associations carried."""
-    put_scan(spool, SERIES, range(4))
-    spool.put_event(A, "released")
-    put(spool, *(ct_slice(SERIES, level) for level in range(4, 12)), association=B)
-    spool.put_event(B, "released")
-    for entry in spool.pending(100):
-        time_ns, rest = entry.name.split("-", 1)
-        path = spool.path / "incoming" / entry.name
-        path.rename(path.with_name(f"{int(time_ns) - 3_600_000_000_000:020d}-{rest}"))
+    real, hour = time.time_ns, 3_600_000_000_000
+    with monkeypatch.context() as earlier:
+        earlier.setattr(time, "time_ns", lambda: real() - hour)
+        put_scan(spool, SERIES, range(4))
+        spool.put_event(A, "released")
+        put(spool, *(ct_slice(SERIES, level) for level in range(4, 12)), association=B)
+        spool.put_event(B, "released")
 
     brightness_bundle(tmp_path / "bundle")
     score = {"model": tmp_path / "bundle", "device": "cpu", "batch": 4}
