@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -116,10 +117,16 @@ def demo(keep: bool) -> None:
     show_default=True,
 )
 @click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin ends.")
+@click.option("--listen-fd", type=int, hidden=True, help="Inherited socket that listens.")
 def serve(
-    config: Path | None, only: str | None, log_json: bool, log_level: str, until_eof: bool
+    config: Path | None,
+    only: str | None,
+    log_json: bool,
+    log_level: str,
+    until_eof: bool,
+    listen_fd: int | None,
 ) -> None:
-    """Run the node: receiver and worker, until SIGTERM or Ctrl-C.
+    """Run the node: receivers and worker, until SIGTERM or Ctrl-C.
 
     \b
     Example:  dicomnode serve --config node.toml
@@ -132,10 +139,11 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     if until_eof:  # the supervisor holds the other end: it closes when that process is gone
         threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
-    if only == "receive":
+    if only == "receive" and (listen_fd is not None or settings.receivers == 1):
         from dicomnode.node import receive  # alone: it needs neither torch nor a database
 
-        receive.run(settings, stop)
+        listening = None if listen_fd is None else socket.socket(fileno=listen_fd)
+        receive.run(settings, stop, listening)
         return
     from dicomnode.node import serve as parts
 
@@ -143,7 +151,8 @@ def serve(
         parts.work(settings, stop)
     else:
         options = ["--log-level", log_level] + ["--log-json"] * log_json
-        sys.exit(parts.supervise(config, stop, options))
+        worker = only != "receive"
+        sys.exit(parts.supervise(settings, config, stop, options, worker=worker))
 
 
 @main.command()

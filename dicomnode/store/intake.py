@@ -59,8 +59,12 @@ def end_association(session: Session, association_id: str, kind: str) -> None:
     )
 
 
-def end_lost_associations(session: Session, now: datetime, after: timedelta) -> None:
+def end_lost_associations(
+    session: Session, now: datetime, after: timedelta, receiver: str = ""
+) -> None:
     """Note as lost every association without an end that brought nothing for so long.
+
+    Of one receiver alone, where it is named by what the ids of its associations begin with.
 
     One whose last slice lies further in the future than that stems from before the clock was
     set back.
@@ -68,7 +72,11 @@ def end_lost_associations(session: Session, now: datetime, after: timedelta) -> 
     last_at = schema.Arrival.last_at
     session.execute(
         update(schema.Arrival)
-        .where(schema.Arrival.ended.is_(None), or_(last_at < now - after, last_at > now + after))
+        .where(
+            schema.Arrival.ended.is_(None),
+            or_(last_at < now - after, last_at > now + after),
+            schema.Arrival.association_id.startswith(receiver, autoescape=True),
+        )
         .values(ended="lost")
     )
 
