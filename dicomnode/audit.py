@@ -84,6 +84,18 @@ class AuditLog:
             self.lost += 1
             return False
 
+    def check(self) -> None:
+        """Try whether lines can be written, without writing one.
+
+        Raises
+        ------
+        OSError
+            If they cannot.
+        """
+        if self.path is not None:
+            with self._lock:
+                self._open()
+
     def close(self) -> None:
         """Let go of the file; the next line opens it again."""
         with self._lock:
@@ -131,7 +143,6 @@ class AuditLog:
                 if (now.st_dev, now.st_ino) != (ours.st_dev, ours.st_ino):
                     self._close()
         if self._fd is None:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             self._fd = os.open(self.path, flags, 0o600)
             end = os.fstat(self._fd).st_size

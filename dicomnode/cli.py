@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dicomnode import config as configuration
 from dicomnode import log
+from dicomnode.audit import Act, AuditLog, user
 from dicomnode.errors import ConfigError, NodeError, WeightsError
 from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
@@ -199,6 +200,7 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     total = sum(1 for _ in dicomio.find(list(paths)))
     with _progress("importing", total) as advance:
         summary = backfill.run(list(paths), settings, advance)
+    _audit(config, Act.IMPORT, files=summary.files)  # not the paths: they may name patients
     click.echo(
         f"{summary.files} files taken; "
         f"the database holds {summary.curves} curves, {summary.pairs} offsets",
@@ -358,6 +360,15 @@ def series(
     from dicomnode import present, store
 
     with _database(config) as engine, store.reading(engine) as session:
+        # That a patient was asked for, but not which: the audit log names none.
+        _audit(
+            config,
+            Act.QUERY,
+            command="series",
+            study_uid=study,
+            by_patient=True if patient else None,
+            state=state,
+        )
         rows = store.list_series(
             session,
             patient_id=patient,
@@ -402,6 +413,7 @@ def curve(
     from dicomnode import plot, present, query
 
     with _database(config) as engine:
+        _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
     if found is None:
         _nothing("the node never saw this Series")
@@ -445,6 +457,7 @@ def offset(
     from dicomnode import query
 
     with _database(config) as engine:
+        _audit(config, Act.QUERY, command="offset", study_uid=[fixed_study, moving_study])
         answer = query.pair(engine, fixed_study, moving_study, Method(method) if method else None)
     if answer is None:
         _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
@@ -558,6 +571,12 @@ def _database(config: Path | None, *, checked: bool = True) -> "AbstractContextM
 
     settings = configuration.load(_config_path(config))
     return store.opened(settings.database.url, checked=checked)
+
+
+def _audit(config: Path | None, act: Act, **data: Any) -> None:
+    log_ = AuditLog(configuration.load(_config_path(config)).audit_log)
+    log_.write(act, user=user(), **data)
+    log_.close()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TypeVar
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
 from dicomnode.scp.listener import listen
@@ -58,8 +59,9 @@ class Worker:
             stale = store.count_stale(session, bundle.digest)
         days = settings.keep.previews_days
         self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
+        self._audit = AuditLog(settings.audit_log)
         self._assemble = AssembleStage(
-            engine, settings.series.quiet_seconds, settings.series.lost_seconds
+            engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit
         )
         self._align = AlignStage(engine)
         self._prune = PruneStage(engine, days)
@@ -68,12 +70,15 @@ class Worker:
             "worker started",
             extra={"model": bundle.name, "digest": bundle.digest, "device": str(scorer.device)},
         )
+        self._audit.write(Act.STARTED, part="worker", model=bundle.digest)
         if stale:
             logger.warning("curves of another bundle", extra={"curves": stale})
 
     def close(self) -> None:
         """Let go of threads."""
         self._score.close()
+        self._audit.write(Act.STOPPED, part="worker")
+        self._audit.close()
 
     def step(self) -> int:
         """Do a little of everything that can be done now, and return how much that was.

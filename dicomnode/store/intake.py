@@ -111,6 +111,13 @@ def open_series(session: Session) -> list[OpenSeries]:
     ]
 
 
+def origin_of(session: Session, series_id: int) -> tuple[str, list[str]]:
+    """Return the Study of an open Series, and the ids of the associations that carried it."""
+    study_uid = session.get_one(schema.Series, series_id).study_uid
+    query = select(schema.Arrival.association_id).where(schema.Arrival.series_id == series_id)
+    return study_uid, sorted(session.scalars(query))
+
+
 def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evidence | None:
     """Return the evidence that a Series is complete by `now`, or None where it is not."""
     # Beyond the count, the count was wrong: a Series must not be finished at each further slice.
