@@ -1,15 +1,18 @@
 """What `dicomnode check` tries: each outside thing once, with what to do where it fails."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 from dicomnode import store
+from dicomnode.audit import AuditLog
 from dicomnode.config import Peer, Settings
-from dicomnode.errors import NodeError
+from dicomnode.errors import ConfigError, NodeError
 from dicomnode.spool import Spool
 
 PEER_TIMEOUT_S = 5.0
@@ -26,6 +29,11 @@ class Check:
 
 def run(settings: Settings) -> Iterator[Check]:
     """Yield the outcome of each check, in the order of the way through the node."""
+    yield _try("listen", lambda: _listen(settings))
+    yield _try("tls", lambda: _tls(settings))
+    if any(peer.calling for peer in settings.node.peers):
+        yield _try("access", lambda: _access(settings))
+    yield _try("audit", lambda: _audit(settings))
     yield _try("spool", lambda: _spool(settings))
     yield _try("database", lambda: _database(settings))
     yield _try("weights", lambda: _weights(settings))
@@ -59,12 +67,85 @@ def _try(name: str, call: Callable[[], str]) -> Check:
         return Check(name, False, str(exc))
 
 
+def _listen(settings: Settings) -> str:
+    from dicomnode.scp.listener import listen
+
+    node = settings.node
+    where = f"{node.host}:{node.port}, {settings.receivers} receiver(s)"
+    try:
+        listen(node.host, node.port).close()
+    except ConfigError as exc:
+        if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno != errno.EADDRINUSE:
+            raise
+        return f"{where}; in use, by this node or another program"
+    return f"{where}; free"
+
+
+def _tls(settings: Settings) -> str:
+    from dicomnode.scp import tls
+
+    tls.check(settings)
+    certificate = settings.tls.certificate
+    if certificate is None:
+        return "off: what is sent can be read and altered on the way"
+    tls.server_context(settings.tls)
+    until = tls.expiry(certificate)
+    days = (until - datetime.now(UTC)).days
+    if days < tls.SOON_DAYS:
+        raise NodeError(f"{certificate} expires in {days} days, on {until:%Y-%m-%d}: renew it")
+    asked = "peers must show" if settings.tls.require_client_certificate else "peers may show"
+    return f"{certificate} until {until:%Y-%m-%d}; {asked} a certificate"
+
+
+def _access(settings: Settings) -> str:
+    from dicomnode.scp.access import Directory
+
+    peers = [peer for peer in settings.node.peers if peer.calling]
+    directory = Directory(peers)
+    directory.refresh()
+    lines = []
+    for peer in peers:
+        places = directory.networks(peer.ae_title)
+        if not places:
+            raise NodeError(f"{peer.ae_title}: {peer.host} is not known, so it may not call")
+        named = peer.certificate_sha256 or peer.certificate_name
+        lines.append(
+            f"{peer.ae_title} from {', '.join(places)}" + (" with its certificate" if named else "")
+        )
+    return "; ".join(lines)
+
+
+def _audit(settings: Settings) -> str:
+    path = settings.audit_log
+    if not path.parent.exists() and settings.node.audit_log is None:
+        return f"{path}, to be made by the node"
+    log = AuditLog(path)
+    existed = path.exists()
+    try:
+        log.check()
+    except OSError as exc:
+        raise NodeError(f"node.audit_log: {path}: {exc.strerror}") from exc
+    finally:
+        log.close()
+        if not existed:  # asking makes nothing, least of all as root
+            path.unlink(missing_ok=True)
+    return str(path)
+
+
 def _spool(settings: Settings) -> str:
     spool = Spool.of(settings.spool)
     free, reserve = spool.free_bytes(), settings.spool.reserve_bytes
     if free <= reserve:
         raise NodeError(f"{spool.path}: {free} bytes free, {reserve} are to stay so: free some")
-    return f"{spool.path}, {(free - reserve) / 1e9:.1f} GB to use"
+    if free < (watermark := settings.refuse_below_bytes):
+        raise NodeError(
+            f"{spool.path}: {free} bytes free, and below {watermark} no association is accepted: "
+            "free some"
+        )
+    return (
+        f"{spool.path}, {(free - reserve) / 1e9:.1f} GB to use; associations are accepted while "
+        f"{watermark / 1e9:.1f} GB are free"
+    )
 
 
 def _database(settings: Settings) -> str:
@@ -103,10 +184,18 @@ def _echo(peer: Peer, settings: Settings) -> str:
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = PEER_TIMEOUT_S
     where = f"{peer.host}:{peer.port}"
     contexts = [build_context(Verification)]
-    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title)
+    tls_args = None
+    if peer.tls:
+        from dicomnode.scp import tls
+
+        context = tls.client_context(settings.tls, peer)
+        tls_args = (context, peer.certificate_name or peer.host)
+    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title, tls_args=tls_args)
     if not assoc.is_established:
         raise NodeError(f"no association with {where}")
     try:
+        if peer.tls and not tls.accepts(peer, tls.certificate_of(assoc.dul.socket.socket)):
+            raise NodeError(f"{where} shows another certificate than node.peers says")
         status = assoc.send_c_echo()
         if status.get("Status") != 0x0000:
             raise NodeError(f"{where} does not answer C-ECHO")

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dicomnode import config as configuration
 from dicomnode import log
+from dicomnode.audit import Act, AuditLog, user
 from dicomnode.errors import ConfigError, NodeError, WeightsError
 from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
@@ -116,10 +118,16 @@ def demo(keep: bool) -> None:
     show_default=True,
 )
 @click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin ends.")
+@click.option("--listen-fd", type=int, hidden=True, help="Inherited socket that listens.")
 def serve(
-    config: Path | None, only: str | None, log_json: bool, log_level: str, until_eof: bool
+    config: Path | None,
+    only: str | None,
+    log_json: bool,
+    log_level: str,
+    until_eof: bool,
+    listen_fd: int | None,
 ) -> None:
-    """Run the node: receiver and worker, until SIGTERM or Ctrl-C.
+    """Run the node: receivers and worker, until SIGTERM or Ctrl-C.
 
     \b
     Example:  dicomnode serve --config node.toml
@@ -132,10 +140,11 @@ def serve(
         signal.signal(number, lambda *_: stop.set())
     if until_eof:  # the supervisor holds the other end: it closes when that process is gone
         threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
-    if only == "receive":
+    if only == "receive" and (listen_fd is not None or settings.receivers == 1):
         from dicomnode.node import receive  # alone: it needs neither torch nor a database
 
-        receive.run(settings, stop)
+        listening = None if listen_fd is None else socket.socket(fileno=listen_fd)
+        receive.run(settings, stop, listening)
         return
     from dicomnode.node import serve as parts
 
@@ -143,7 +152,8 @@ def serve(
         parts.work(settings, stop)
     else:
         options = ["--log-level", log_level] + ["--log-json"] * log_json
-        sys.exit(parts.supervise(config, stop, options))
+        worker = only != "receive"
+        sys.exit(parts.supervise(settings, config, stop, options, worker=worker))
 
 
 @main.command()
@@ -190,6 +200,7 @@ def import_(paths: tuple[Path, ...], config: Path | None) -> None:
     total = sum(1 for _ in dicomio.find(list(paths)))
     with _progress("importing", total) as advance:
         summary = backfill.run(list(paths), settings, advance)
+    _audit(config, Act.IMPORT, files=summary.files)  # not the paths: they may name patients
     click.echo(
         f"{summary.files} files taken; "
         f"the database holds {summary.curves} curves, {summary.pairs} offsets",
@@ -351,6 +362,15 @@ def series(
     from dicomnode import present, store
 
     with _database(config) as engine, store.reading(engine) as session:
+        # That a patient was asked for, but not which: the audit log names none.
+        _audit(
+            config,
+            Act.QUERY,
+            command="series",
+            study_uid=study,
+            by_patient=True if patient else None,
+            state=state,
+        )
         rows = store.list_series(
             session,
             patient_id=patient,
@@ -395,6 +415,7 @@ def curve(
     from dicomnode import plot, present, query
 
     with _database(config) as engine:
+        _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
     if found is None:
         _nothing("the node never saw this Series")
@@ -438,6 +459,7 @@ def offset(
     from dicomnode import query
 
     with _database(config) as engine:
+        _audit(config, Act.QUERY, command="offset", study_uid=[fixed_study, moving_study])
         answer = query.pair(engine, fixed_study, moving_study, Method(method) if method else None)
     if answer is None:
         _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
@@ -551,6 +573,12 @@ def _database(config: Path | None, *, checked: bool = True) -> "AbstractContextM
 
     settings = configuration.load(_config_path(config))
     return store.opened(settings.database.url, checked=checked)
+
+
+def _audit(config: Path | None, act: Act, **data: Any) -> None:
+    log_ = AuditLog(configuration.load(_config_path(config)).audit_log)
+    log_.write(act, user=user(), **data)
+    log_.close()
 
 
 @contextlib.contextmanager

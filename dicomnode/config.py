@@ -4,8 +4,10 @@ Read once, by `load`, and handed down as an argument. `docs/node.toml` shows eve
 its default.
 """
 
+import ipaddress
 import json
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +45,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _address(value: str) -> str:
+    if value != "*":
+        ipaddress.ip_network(value)
+    return value
+
+
+def _fingerprint(value: str) -> str:
+    digits = value.replace(":", "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
+    return digits
+
+
 class Peer(_Section):
     """A DICOM node we know: who may send to us, and whom we may send to."""
 
@@ -50,6 +65,27 @@ class Peer(_Section):
     host: str = Field(min_length=1, description="Host name or address of the peer.")
     port: int = Field(ge=1, le=65535, description="TCP port the peer listens on.")
     calling: bool = Field(default=True, description="Whether this peer may send objects to us.")
+    addresses: tuple[Annotated[str, AfterValidator(_address)], ...] = Field(
+        default=(),
+        description="Addresses and networks it calls from, where they are not those of its host: "
+        'a cluster, or behind NAT. "*" is any address.',
+    )
+    maximum_associations: int | None = Field(
+        default=None,
+        ge=1,
+        description="Associations served at a time for this peer; unset, "
+        "maximum_associations_per_peer.",
+    )
+    certificate_sha256: tuple[Annotated[str, AfterValidator(_fingerprint)], ...] = Field(
+        default=(),
+        description="SHA-256 fingerprints of the certificates it may show; none: any certificate "
+        "that client_ca issued.",
+    )
+    certificate_name: str = Field(
+        default="",
+        description="DNS name that its certificate must carry; empty: any.",
+    )
+    tls: bool = Field(default=False, description="Whether it listens with TLS; for `check`.")
     default_issuer: str = Field(
         default="",
         description="Issuer of Patient ID (0010,0021) taken for objects of this peer without one.",
@@ -80,8 +116,48 @@ class NodeSettings(_Section):
         description="Issuer of Patient ID (0010,0021) taken for objects without one whose sender "
         "has no default_issuer of its own, imported files among them.",
     )
+    receivers: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="Receiver processes, which share the port. 0: two where there are four cores "
+        "or more, else one.",
+    )
     maximum_associations: int = Field(
-        default=32, ge=1, description="Associations served at a time; more are refused for now."
+        default=32,
+        ge=1,
+        le=1024,
+        description="Associations served at a time by all receivers together; more are refused "
+        "for now.",
+    )
+    maximum_associations_per_peer: int = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        description="The same for any one peer, so that it leaves room for the others.",
+    )
+    maximum_connecting: int = Field(
+        default=64,
+        ge=1,
+        le=1024,
+        description="Connections of one address that have not become an association yet; one "
+        "more closes the oldest of them.",
+    )
+    handshake_seconds: float = Field(
+        default=15.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds from connection to association, TLS handshake included.",
+    )
+    idle_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without a byte after which an association is aborted.",
+    )
+    audit_log: Path | None = Field(
+        default=None,
+        description="File of the audit log; unset, audit.jsonl beside the folder of the spool.",
     )
 
     @field_validator("peers", mode="before")
@@ -121,6 +197,27 @@ class SpoolSettings(_Section):
         ge=1 << 20,
         le=1 << 30,
         description="Size of a file of the journal; each receiver keeps up to 6 of them.",
+    )
+    refuse_below_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Free bytes below which new associations are refused for now; unset, twice "
+        "reserve_bytes.",
+    )
+
+
+class TLSSettings(_Section):
+    """TLS of the DICOM port: off without a certificate."""
+
+    certificate: Path | None = Field(
+        default=None, description="PEM file of our certificate, then its chain."
+    )
+    key: Path | None = Field(default=None, description="PEM file of its private key.")
+    client_ca: Path | None = Field(
+        default=None, description="PEM file of the authorities that issue certificates to peers."
+    )
+    require_client_certificate: bool = Field(
+        default=True, description="Whether a peer must show a certificate of theirs."
     )
 
 
@@ -193,11 +290,32 @@ class Settings(BaseSettings):
     )
 
     node: NodeSettings = NodeSettings()
+    tls: TLSSettings = TLSSettings()
     spool: SpoolSettings = SpoolSettings()
     database: DatabaseSettings = DatabaseSettings()
     score: ScoreSettings = ScoreSettings()
     series: SeriesSettings = SeriesSettings()
     keep: KeepSettings = KeepSettings()
+
+    @property
+    def receivers(self) -> int:
+        """How many receiver processes the node runs."""
+        if self.node.receivers:
+            return self.node.receivers
+        # On two cores a second receiver gained nothing: sender, worker and kernel have the other.
+        return 2 if _cores() >= 4 else 1
+
+    @property
+    def audit_log(self) -> Path:
+        """Where the audit log is written."""
+        return self.node.audit_log or self.spool.path.absolute().parent / "audit.jsonl"
+
+    @property
+    def refuse_below_bytes(self) -> int:
+        """Free bytes below which new associations are refused."""
+        if self.spool.refuse_below_bytes is None:
+            return 2 * self.spool.reserve_bytes
+        return self.spool.refuse_below_bytes
 
     @classmethod
     def settings_customise_sources(
@@ -226,6 +344,12 @@ def load(path: Path | None) -> Settings:
         return Settings(**_parse(path) if path else {})
     except ValidationError as exc:
         raise ConfigError("\n".join(_problem(error) for error in exc.errors())) from exc
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # those we may use; not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _refuse_unknown_variables() -> None:

@@ -6,7 +6,10 @@ are never logged, neither by us nor by the libraries below.
 
 import json as jsonlib
 import logging
+import threading
+import time
 import warnings
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,6 +31,32 @@ def setup(level: str, json: bool) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module="pydicom")
+
+
+class Seldom:
+    """Thins out events of one kind that a stranger can cause at will.
+
+    The first of each key deserves a line, then one a while, with their number.
+    """
+
+    def __init__(self, seconds: float = 600.0, keys: int = 1000) -> None:
+        self._seconds, self._keys = seconds, keys
+        self._lock = threading.Lock()
+        self._seen: dict[Hashable, tuple[float, int]] = {}  # key -> when told, unsaid since
+
+    def due(self, key: Hashable) -> int:
+        """Count an event; return how many its line stands for, 0 where none is due."""
+        now = time.monotonic()
+        with self._lock:
+            told, unsaid = self._seen.get(key, (-self._seconds, 0))
+            if now - told < self._seconds:
+                self._seen[key] = (told, unsaid + 1)
+                return 0
+            self._seen.pop(key, None)
+            if len(self._seen) >= self._keys:
+                del self._seen[next(iter(self._seen))]  # told longest ago
+            self._seen[key] = (now, 0)
+            return unsaid + 1
 
 
 class JSONFormatter(logging.Formatter):

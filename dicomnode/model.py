@@ -12,6 +12,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+# The first digits of an association's id name the receiver that opened it, of several on a spool.
+RECEIVER_DIGITS = 8
+
 Floats = npt.NDArray[np.float64]
 Scores = npt.NDArray[np.float32]
 
@@ -124,7 +127,7 @@ class SpooledEvent:
     """The end of an association, as the receiver wrote it to the spool.
 
     `kind` is "released", "aborted", or "started": a receiver that starts anew
-    says so, and every association opened before that is over.
+    says so, and every association that it opened before is over.
     """
 
     name: str
@@ -132,6 +135,11 @@ class SpooledEvent:
     kind: str
     arrived_at: datetime
     place: object = field(default=None, repr=False, compare=False)
+
+    @property
+    def receiver(self) -> str:
+        """The receiver that wrote it: what the ids of all its associations begin with."""
+        return self.association_id[:RECEIVER_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)

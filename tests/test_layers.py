@@ -15,7 +15,7 @@ PACKAGES = ("dicomnode", "db", "training")
 LAYERS = (
     ("errors", "model"),
     ("core",),
-    ("config", "log", "db"),
+    ("config", "log", "audit", "db"),
     ("dicomio", "spool", "weights", "device", "store", "objects", "scp"),
     ("node",),
     ("query", "files", "backfill", "rescore", "checks", "plot", "present"),

@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from dicomnode import store
+from dicomnode.audit import Act, AuditLog
 from dicomnode.core import curve
 from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
@@ -22,8 +23,15 @@ RETRY = timedelta(minutes=10)
 class AssembleStage:
     """Finishes what is complete, one transaction a Series."""
 
-    def __init__(self, engine: Engine, quiet_seconds: float, lost_seconds: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        quiet_seconds: float,
+        lost_seconds: float,
+        audit: AuditLog | None = None,
+    ) -> None:
         self.engine = engine
+        self.audit = audit or AuditLog(None)
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
         self._failed: dict[int, datetime] = {}  # Series -> when to try again
@@ -68,6 +76,7 @@ class AssembleStage:
             claimed = store.claim_series(session, series.id)
             if claimed is None:
                 return False
+            study_uid, associations = store.origin_of(session, series.id)
             result = outcome(session, series.series_uid, claimed)
             pairs = store.finish_series(session, series.id, result, claimed, evidence, now)
         logger.info(
@@ -80,6 +89,16 @@ class AssembleStage:
                 "evidence": str(evidence),
                 "pairs": pairs,
             },
+        )
+        # The receiver reads no data set: its lines name the sender of each association, and this
+        # one what they brought.
+        self.audit.write(
+            Act.SERIES_RECEIVED,
+            study_uid=study_uid,
+            series_uid=series.series_uid,
+            instances=series.received,
+            associations=associations,
+            became="curve" if isinstance(result, ScoreCurve) else str(result),
         )
         return True
 

@@ -4,23 +4,28 @@ It waits for neither database nor device, and reads nothing of a data set: what 
 transmits goes to stable storage as it came, behind file meta information of our own.
 """
 
-import contextlib
 import logging
-import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from pynetdicom import AE, Association, _config, build_context, evt
-from pynetdicom.sop_class import Verification
-from pynetdicom.transport import ThreadedAssociationServer
+from pynetdicom import AE, Association, _config, evt
 
+from dicomnode.audit import MINOR_FAILURE, Act, AuditLog
+from dicomnode.audit import SUCCESS as SUCCESS_OUTCOME
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, SpoolFull
-from dicomnode.scp.connection import PromptSocket
+from dicomnode.log import Seldom
+from dicomnode.model import RECEIVER_DIGITS
+from dicomnode.scp import access, tls
+from dicomnode.scp.access import Directory, Rejection
+from dicomnode.scp.connection import shut_down
 from dicomnode.scp.contexts import handle_sop_common, supported_contexts
+from dicomnode.scp.listener import Listener, Visit, listen
 from dicomnode.scp.meta import file_meta
+from dicomnode.scp.slots import Slot, Slots
 from dicomnode.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -30,46 +35,56 @@ SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700  # the sender keeps the object, and may try again
 CANNOT_UNDERSTAND = 0xC211  # of C000-CFFF; the code pynetdicom gives an exception of its handler
 
-# A requestor speaks first, and at once (the ARTIM timer of PS3.8 9.1.5).
-ACSE_TIMEOUT_S = 15.0
 DIMSE_TIMEOUT_S = 60.0
-# A PACS may think for a while between two slices; a peer whose cable was pulled never says so.
-NETWORK_TIMEOUT_S = 120.0
 # How long running associations may go on when the receiver stops, and an abort may take.
 STOP_GRACE_S = 5.0
 ABORT_GRACE_S = 2.0
 TAKEOVER_S = 15.0
+WATERMARK_S = 1.0  # between looks at the free space
+RECEIVERS = 64  # on one spool, at most
 
 
 class Receiver:
-    """Accepts associations of known peers and spools what they store."""
+    """Accepts associations of known peers and spools what they store.
 
-    def __init__(self, settings: Settings) -> None:
+    Parameters
+    ----------
+    settings
+        Of the node.
+    listening
+        A socket that listens, which receiver processes share; unset, it listens by itself.
+    """
+
+    def __init__(self, settings: Settings, listening: socket.socket | None = None) -> None:
         peers = settings.node.peers
-        calling = [peer.ae_title for peer in peers if peer.calling]
-        if not calling:
+        if not any(peer.calling for peer in peers):
             raise ConfigError(
                 "node.peers: nobody may send; name each sender, for example "
                 'peers = [{ ae_title = "PACS", host = "10.0.0.5", port = 104 }]'
             )
-        self._host, self._port = settings.node.host, settings.node.port
+        tls.check(settings)
+        self._endpoint = tls.Endpoint(settings.tls) if settings.tls.certificate else None
+        self._settings = settings
+        self._listening = listening
         self._spool = Spool.of(settings.spool)
-        self._ae = AE(settings.node.ae_title)
-        self._ae.require_called_aet = True
-        self._ae.require_calling_aet = calling
-        self._ae.maximum_associations = settings.node.maximum_associations
-        self._ae.acse_timeout = ACSE_TIMEOUT_S
-        self._ae.dimse_timeout = DIMSE_TIMEOUT_S
-        self._ae.network_timeout = NETWORK_TIMEOUT_S
-        # maximum_pdu_size stays at 16382: larger PDUs slow a sender that leaves Nagle on from
-        # 293 to 26 slices/s (it waits for our delayed TCP acknowledgement once a slice).
-        self._server: ThreadedAssociationServer | None = None
-        self._association_ids: dict[Association, str] = {}
+        self._audit = AuditLog(settings.audit_log)
+        self._directory = Directory(peers)
+        self._refused = Seldom()
+        self._rejected = Seldom(60.0)
+        self._free: tuple[float, bool] = (0.0, False)  # until when it holds; whether it is short
+        self._identity: Slot | None = None
+        self._visits: dict[Association, Visit] = {}
+        self._server: Listener | None = None
 
     @property
     def port(self) -> int:
         """The TCP port it listens on, once started."""
         return self._port
+
+    @property
+    def connections(self) -> int:
+        """How many connections there are, associations and those on the way to one."""
+        return len(self._visits) + (self._server.connecting if self._server else 0)
 
     def start(self) -> None:
         """Listen; associations run in threads of their own.
@@ -81,87 +96,217 @@ class Receiver:
         """
         # Else pynetdicom formats every PDU and message for its log, 0.3 ms of CPU a slice.
         _config.LOG_HANDLER_LEVEL = "none"
-        self._spool.clean()
-        started = self._spool.put_event(_new_association_id(), "started")
+        node = self._settings.node
+        listening = self._listening or listen(node.host, node.port)
         try:
-            server = self._ae.start_server(
-                (self._host, self._port),
-                block=False,
-                contexts=[build_context(Verification)],  # and what `handle_requested` adds
-                evt_handlers=[
-                    (evt.EVT_CONN_OPEN, handle_conn_open),
-                    (evt.EVT_REQUESTED, handle_requested),
-                    (evt.EVT_SOP_COMMON, handle_sop_common),
-                    (evt.EVT_REJECTED, handle_rejected),
-                    (evt.EVT_ESTABLISHED, handle_established),
-                    (evt.EVT_C_STORE, self._handle_store),
-                ],
+            self._start(listening)
+        except BaseException:
+            listening.close()
+            raise
+        self._port = int(listening.getsockname()[1])
+        logger.info("receiver started", extra={"host": node.host, "port": self._port})
+        self._audit.write(Act.STARTED, part="receiver", ae_title=node.ae_title, port=self._port)
+
+    def _start(self, listening: socket.socket) -> None:
+        node = self._settings.node
+        slots = self._spool.path / ".slots"
+        self._all = Slots(slots, "association", node.maximum_associations)
+        self._of_peer = {
+            peer.ae_title: Slots(
+                slots,
+                f"association-{peer.ae_title.encode().hex()}",
+                peer.maximum_associations or node.maximum_associations_per_peer,
             )
-        except OSError as exc:
-            self._spool.remove(started)  # another receiver may be at work on this spool
-            raise ConfigError(
-                f"node.host, node.port: cannot listen on {self._host}:{self._port}: {exc.strerror}"
-            ) from exc
-        server.socket.listen(128)  # pynetdicom's backlog of 5 drops connections of a busy PACS
-        self._server, self._port = server, server.server_address[1]
-        logger.info("receiver started", extra={"host": self._host, "port": self._port})
+            for peer in node.peers
+        }
+        self._spool.clean()
+        self._identity = self._begin_anew(Slots(slots, "receiver", RECEIVERS))
+        ae = AE(node.ae_title)
+        ae.acse_timeout = node.handshake_seconds
+        ae.dimse_timeout = DIMSE_TIMEOUT_S
+        ae.network_timeout = node.idle_seconds
+        # Ours, in `_rejection`, counts over all processes.
+        ae.maximum_associations = node.maximum_associations + 1
+        # maximum_pdu_size stays at 16382: larger PDUs slow a sender that leaves Nagle on from
+        # 293 to 26 slices/s (it waits for our delayed TCP acknowledgement once a slice).
+        self._directory.start()
+        self._server = Listener(
+            ae,
+            [
+                (evt.EVT_CONN_OPEN, handle_conn_open),
+                (evt.EVT_REQUESTED, self._handle_requested),
+                (evt.EVT_SOP_COMMON, handle_sop_common),
+                (evt.EVT_ESTABLISHED, self._handle_established),
+                (evt.EVT_C_STORE, self._handle_store),
+            ],
+            listening,
+            self._directory,
+            self._endpoint,
+            self._visits,
+            prefix=_prefix(self._identity),
+            handshake_s=node.handshake_seconds,
+            maximum_connecting=node.maximum_connecting,
+            on_refused=self._tell_refused,
+            on_end=self._end,
+        )
+        self._server.start()
 
     def stop(self) -> None:
         """Refuse new associations, let the running ones finish for a while, abort the rest."""
         if self._server is None:
             return
         server, self._server = self._server, None
-        with contextlib.suppress(OSError):
-            # Wakes its thread, which else looks up twice a second.
-            server.socket.shutdown(socket.SHUT_RDWR)
+        self._directory.stop()
         server.shutdown()
-        _wait(lambda: not any(a.is_established for a in server.active_associations), STOP_GRACE_S)
-        remaining = server.active_associations
-        for assoc in remaining:
+        server.end_connecting()
+        _wait(lambda: not any(a.is_established for a in list(self._visits)), STOP_GRACE_S)
+        remaining = dict(self._visits)
+        for assoc, visit in remaining.items():
             if assoc.is_established:
                 assoc.abort(block=False)  # blocking, it closes the socket before the A-ABORT
             else:
-                _shut_down(assoc)
+                shut_down(visit.connection)
         _wait(lambda: not any(assoc.dul.is_alive() for assoc in remaining), ABORT_GRACE_S)
-        for assoc in remaining:  # a peer that broke off within a PDU keeps its thread reading
-            _shut_down(assoc)
-        _wait(lambda: not self._association_ids, ABORT_GRACE_S)
+        for visit in remaining.values():
+            # A peer that broke off within a PDU keeps its thread reading.
+            shut_down(visit.connection)
+        _wait(lambda: not self._visits, ABORT_GRACE_S)
         self._spool.close()
+        if self._identity:
+            self._identity.release()
         logger.info("receiver stopped")
+        self._audit.write(Act.STOPPED, part="receiver")
+        self._audit.close()
+
+    def _begin_anew(self, receivers: Slots) -> Slot:
+        """Become a receiver that no other process is, and end what those gone left open."""
+        with receivers.alone():
+            identity = receivers.take()
+            if identity is None:
+                raise ConfigError(f"node.receivers: {RECEIVERS} are at {self._spool.path} already")
+            for gone in (identity, *receivers.left_behind()):
+                self._spool.put_event(_prefix(gone) + "0" * 8, "started")
+        return identity
+
+    def _handle_requested(self, event: evt.Event) -> None:
+        assoc, visit = event.assoc, self._visits[event.assoc]
+        try:
+            rejection = self._rejection(assoc, visit)
+            if rejection is None:
+                handle_requested(event)
+                return
+        except Exception:  # pynetdicom would pass over it, and accept
+            logger.exception("association not judged")
+            rejection = access.NOT_JUDGED
+        assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
+        self._tell_rejected(assoc, visit, rejection)
+        assoc.kill()  # once the requestor has read it and closed, or the ARTIM timer ran out
+
+    def _rejection(self, assoc: Association, visit: Visit) -> Rejection | None:
+        """Why a request is rejected; None where it is not, and it holds its slots then."""
+        request = assoc.requestor.primitive
+        peer = self._directory.peer(request.calling_ae_title)
+        if request.called_ae_title.strip(" ") != self._settings.node.ae_title:
+            return access.CALLED_AE_TITLE
+        if peer is None:
+            return access.CALLING_AE_TITLE
+        if not self._directory.matches(peer.ae_title, visit.origin):
+            return access.OTHER_ADDRESS
+        if not tls.accepts(peer, visit.certificate):
+            return access.OTHER_CERTIFICATE
+        if self._is_short():
+            return access.DISK_SHORT
+        for slots, why in (
+            (self._of_peer[peer.ae_title], access.TOO_MANY_OF_PEER),
+            (self._all, access.TOO_MANY),
+        ):
+            try:
+                slot = slots.take()
+            except OSError as exc:  # no more file handles, or the folder is gone
+                logger.warning("no slot for an association", extra={"reason": exc.strerror})
+                slot = None
+            if slot is None:
+                return why
+            visit.slots.append(slot)
+        return None
+
+    def _is_short(self) -> bool:
+        """Whether the disk is below its watermark; looked at once a second at most."""
+        until, short = self._free
+        now = time.monotonic()
+        if now >= until:
+            try:
+                short = self._spool.free_bytes() < self._settings.refuse_below_bytes
+            except OSError:
+                short = False  # C-STORE will tell
+            self._free = now + WATERMARK_S, short
+        return short
+
+    def _handle_established(self, event: evt.Event) -> None:
+        assoc, visit = event.assoc, self._visits[event.assoc]
+        # An association that was accepted has more time than a stranger.
+        visit.connection.settimeout(self._settings.node.idle_seconds)
+        self._audit.write(Act.ASSOCIATION_OPENED, **_who(assoc, visit))
 
     def _handle_store(self, event: evt.Event) -> int:
-        assoc = event.assoc
-        association_id = self._association_ids.get(assoc) or _new_association_id()
-        status = handle_store(event, self._spool, association_id)
-        if status == SUCCESS and assoc not in self._association_ids:
-            self._association_ids[assoc] = association_id
-            threading.Thread(
-                target=self._spool_end, args=(assoc, association_id), daemon=True
-            ).start()
+        visit = self._visits[event.assoc]
+        status = handle_store(event, self._spool, visit.association_id)
+        if status == SUCCESS:
+            visit.stored(event.request.DataSet.getbuffer().nbytes)
+        else:
+            visit.not_stored()
         return status
 
-    def _spool_end(self, assoc: Association, association_id: str) -> None:
+    def _end(self, assoc: Association, visit: Visit) -> None:
         # Neither EVT_RELEASED nor EVT_ABORTED is certain to come, and EVT_CONN_CLOSE may come
-        # while the last Instance is being written. Once the thread of the association is over,
+        # while the last Instance is being written. Once the threads of the association are over,
         # all it stored is in the spool, and how it ended is settled.
-        assoc.join()
+        for slot in visit.slots:
+            slot.release()
+        if not visit.established:
+            return
         kind = "released" if assoc.is_released else "aborted"
-        extra = {"association_id": association_id, "kind": kind}
+        extra = {"association_id": visit.association_id, "kind": kind}
+        self._audit.write(
+            Act.ASSOCIATION_ENDED,
+            SUCCESS_OUTCOME if kind == "released" and not visit.refused else MINOR_FAILURE,
+            **_who(assoc, visit),
+            kind=kind,
+            instances=visit.instances,
+            bytes=visit.bytes,
+            refused=visit.refused or None,
+        )
+        if not visit.instances:
+            return
         try:
-            self._spool.put_event(association_id, kind)
+            self._spool.put_event(visit.association_id, kind)
             logger.debug("association over", extra=extra)
         except SpoolFull as exc:  # the worker waits `series.lost_seconds` instead
             logger.warning("end of association not spooled", extra={**extra, "reason": str(exc)})
-        finally:
-            del self._association_ids[assoc]
+
+    def _tell_refused(self, why: str, address: str, detail: str) -> None:
+        """Log and audit a connection that was closed; a port scan must not fill the disk."""
+        times = self._refused.due((why, address, detail))
+        if times:
+            extra = {"address": address, "reason": f"{why}: {detail}" if detail else why}
+            logger.warning("connection refused", extra={**extra, "times": times})
+            self._audit.write(Act.CONNECTION_REFUSED, MINOR_FAILURE, **extra, times=times)
+
+    def _tell_rejected(self, assoc: Association, visit: Visit, rejection: Rejection) -> None:
+        who = _who(assoc, visit)
+        self._audit.write(Act.ASSOCIATION_REJECTED, MINOR_FAILURE, **who, reason=rejection.why)
+        key = (who["calling_ae_title"], who["address"], rejection.why)
+        if times := self._rejected.due(key):
+            extra = {**who, "reason": rejection.why, "times": times}
+            logger.warning("association rejected", extra=extra)
 
 
-def run(settings: Settings, stop: threading.Event) -> None:
+def run(settings: Settings, stop: threading.Event, listening: socket.socket | None = None) -> None:
     """Receive until `stop` is set.
 
     The receiver of a node that was killed needs a moment to notice and let go of the port.
     """
-    receiver = Receiver(settings)
+    receiver = Receiver(settings, listening)
     deadline = time.monotonic() + TAKEOVER_S
     while not stop.is_set():
         try:
@@ -220,47 +365,31 @@ def handle_requested(event: evt.Event) -> None:
 def handle_conn_open(event: evt.Event) -> None:
     """Set the options of a new connection."""
     if connection := _connection(event.assoc):
-        connection = PromptSocket(fileno=connection.detach())
-        event.assoc.dul.socket.socket = connection
         # Our responses are small; Nagle would hold them back until the peer acknowledges.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # pynetdicom reads a PDU with a blocking recv, on which its own timeouts cannot act.
-        connection.settimeout(ACSE_TIMEOUT_S)
 
 
-def handle_established(event: evt.Event) -> None:
-    """Give an association that was accepted more time than a stranger."""
-    if connection := _connection(event.assoc):
-        connection.settimeout(NETWORK_TIMEOUT_S)
+def _who(assoc: Association, visit: Visit) -> dict[str, Any]:
+    request = assoc.requestor.primitive
+    certificate = visit.certificate
+    return {
+        "association_id": visit.association_id,
+        "calling_ae_title": request.calling_ae_title,
+        "called_ae_title": request.called_ae_title,
+        "address": str(visit.origin.address),
+        **({"certificate": certificate.subject} if certificate else {}),
+    }
 
 
-def handle_rejected(event: evt.Event) -> None:
-    """Tell the operator whom we turned away."""
-    request = event.assoc.requestor.primitive
-    logger.warning(
-        "association rejected",
-        extra={
-            "calling_ae_title": request.calling_ae_title,
-            "called_ae_title": request.called_ae_title,
-            "address": event.assoc.requestor.address,
-        },
-    )
-
-
-def _new_association_id() -> str:
-    return secrets.token_hex(8)
+def _prefix(identity: Slot) -> str:
+    """What the ids of a receiver's associations begin with; see `SpooledEvent.receiver`."""
+    return f"{identity.index:0{RECEIVER_DIGITS}x}"
 
 
 def _connection(assoc: Association) -> socket.socket | None:
     """The TCP connection of an association, None once it is closed."""
     connection: socket.socket | None = assoc.dul.socket.socket
     return connection
-
-
-def _shut_down(assoc: Association) -> None:
-    if connection := _connection(assoc):
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:

@@ -273,7 +273,7 @@ class ScoreStage:
     def _end(self, event: SpooledEvent) -> None:
         with store.writing(self.engine) as session:
             if event.kind == "started":
-                store.end_lost_associations(session, event.arrived_at, timedelta(0))
+                store.end_lost_associations(session, event.arrived_at, timedelta(0), event.receiver)
             else:
                 store.end_association(session, event.association_id, event.kind)
         self.spool.remove(event)

@@ -1,7 +1,8 @@
-"""Runs the stages: a receiver process and one worker process that owns the device."""
+"""Runs the stages: receiver processes and one worker process that owns the device."""
 
 import contextlib
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -15,21 +16,23 @@ from typing import TypeVar
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
+from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("receive", "work")
 IDLE_S = 0.2  # between looks at an empty spool
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
 TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
 FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
 DEVICE_FAILURES = 5
 PRUNE_S = 600.0  # between looks at what was kept long enough
+PORT_S = 15.0  # how long to wait for the port
 STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 
 
@@ -58,8 +61,9 @@ class Worker:
             stale = store.count_stale(session, bundle.digest)
         days = settings.keep.previews_days
         self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
+        self._audit = AuditLog(settings.audit_log)
         self._assemble = AssembleStage(
-            engine, settings.series.quiet_seconds, settings.series.lost_seconds
+            engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit
         )
         self._align = AlignStage(engine)
         self._prune = PruneStage(engine, days)
@@ -73,12 +77,15 @@ class Worker:
                 "dtype": str(dtype).removeprefix("torch."),
             },
         )
+        self._audit.write(Act.STARTED, part="worker", model=bundle.digest)
         if stale:
             logger.warning("curves of another bundle", extra={"curves": stale})
 
     def close(self) -> None:
         """Let go of threads."""
         self._score.close()
+        self._audit.write(Act.STOPPED, part="worker")
+        self._audit.close()
 
     def step(self) -> int:
         """Do a little of everything that can be done now, and return how much that was.
@@ -180,42 +187,75 @@ def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
 @dataclass(slots=True)
 class _Part:
     name: str
+    command: list[str]
+    listening: socket.socket | None  # which a receiver inherits
     process: subprocess.Popen[bytes]
     started: float
     failures: int = 0
     restart_at: float | None = None
 
 
-def supervise(config: Path | None, stop: threading.Event, options: Sequence[str]) -> int:
-    """Run both parts as processes of their own until `stop` is set, and restart what dies.
+def supervise(
+    settings: Settings,
+    config: Path | None,
+    stop: threading.Event,
+    options: Sequence[str],
+    *,
+    worker: bool = True,
+) -> int:
+    """Run each part as a process of its own until `stop` is set, and restart what dies.
 
-    Each part ends by itself when this process is gone: it holds the reading end of a pipe.
+    The parts are the receivers, which share one listening socket, and the worker. Each ends by
+    itself when this process is gone: it holds the reading end of a pipe.
 
     Returns
     -------
     int
         Exit status: 2 where a part says that its settings are wrong.
     """
-    parts = [_Part(name, _spawn(name, config, options), time.monotonic()) for name in PARTS]
+    listening = _listen(settings, stop)
+    if listening is None:
+        return 0
+    command = [sys.executable, "-m", "dicomnode", "serve", "--until-eof", *options]
+    if config is not None:
+        command += ["--config", str(config)]
+    parts = []
+    for number in range(1, settings.receivers + 1):
+        name = "receive" if number == 1 else f"receive {number}"
+        inherit = ["--only", "receive", "--listen-fd", str(listening.fileno())]
+        parts.append(_start(name, command + inherit, listening))
+    if worker:
+        parts.append(_start("work", [*command, "--only", "work"], None))
     try:
         while not stop.wait(0.2):
             for part in parts:
-                if _look_after(part, config, options) == 2:
+                if _look_after(part) == 2:
                     return 2
     finally:
+        listening.close()
         _stop(parts)
     return 0
 
 
-def _look_after(part: _Part, config: Path | None, options: Sequence[str]) -> int | None:
+def _listen(settings: Settings, stop: threading.Event) -> socket.socket | None:
+    """The socket that receivers share; None where `stop` was set before it could be had."""
+    deadline = time.monotonic() + PORT_S
+    while not stop.is_set():
+        try:
+            return listen(settings.node.host, settings.node.port)
+        except ConfigError:
+            # The receivers of a node that was killed need a moment to notice and let go of it.
+            if time.monotonic() > deadline:
+                raise
+        stop.wait(0.2)
+    return None
+
+
+def _look_after(part: _Part) -> int | None:
     now = time.monotonic()
     if part.restart_at is not None:
         if now >= part.restart_at:
-            part.process, part.started, part.restart_at = (
-                _spawn(part.name, config, options),
-                now,
-                None,
-            )
+            part.process, part.started, part.restart_at = _spawn(part), now, None
         return None
     status = part.process.poll()
     if status is None:
@@ -229,11 +269,18 @@ def _look_after(part: _Part, config: Path | None, options: Sequence[str]) -> int
     return None
 
 
-def _spawn(name: str, config: Path | None, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dicomnode", "serve", "--only", name, "--until-eof"]
-    if config is not None:
-        command += ["--config", str(config)]
-    return subprocess.Popen([*command, *options], stdin=subprocess.PIPE)
+def _start(name: str, command: list[str], listening: socket.socket | None) -> _Part:
+    process = _spawn_command(command, listening)
+    return _Part(name, command, listening, process, time.monotonic())
+
+
+def _spawn(part: _Part) -> subprocess.Popen[bytes]:
+    return _spawn_command(part.command, part.listening)
+
+
+def _spawn_command(command: list[str], listening: socket.socket | None) -> subprocess.Popen[bytes]:
+    inherited = [listening.fileno()] if listening is not None else []
+    return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited)
 
 
 def _stop(parts: list[_Part]) -> None:

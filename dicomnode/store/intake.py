@@ -59,8 +59,12 @@ def end_association(session: Session, association_id: str, kind: str) -> None:
     )
 
 
-def end_lost_associations(session: Session, now: datetime, after: timedelta) -> None:
+def end_lost_associations(
+    session: Session, now: datetime, after: timedelta, receiver: str = ""
+) -> None:
     """Note as lost every association without an end that brought nothing for so long.
+
+    Of one receiver alone, where it is named by what the ids of its associations begin with.
 
     One whose last slice lies further in the future than that stems from before the clock was
     set back.
@@ -68,7 +72,11 @@ def end_lost_associations(session: Session, now: datetime, after: timedelta) -> 
     last_at = schema.Arrival.last_at
     session.execute(
         update(schema.Arrival)
-        .where(schema.Arrival.ended.is_(None), or_(last_at < now - after, last_at > now + after))
+        .where(
+            schema.Arrival.ended.is_(None),
+            or_(last_at < now - after, last_at > now + after),
+            schema.Arrival.association_id.startswith(receiver, autoescape=True),
+        )
         .values(ended="lost")
     )
 
@@ -101,6 +109,13 @@ def open_series(session: Session) -> list[OpenSeries]:
         )
         for r in rows
     ]
+
+
+def origin_of(session: Session, series_id: int) -> tuple[str, list[str]]:
+    """Return the Study of an open Series, and the ids of the associations that carried it."""
+    study_uid = session.get_one(schema.Series, series_id).study_uid
+    query = select(schema.Arrival.association_id).where(schema.Arrival.series_id == series_id)
+    return study_uid, sorted(session.scalars(query))
 
 
 def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evidence | None:

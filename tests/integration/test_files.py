@@ -352,7 +352,9 @@ def test_all_is_well_where_all_is_well(settings, bundle):
     with peer(Verification) as port:
         peers = [{"ae_title": "PEER", "host": "127.0.0.1", "port": port}]
         found = checked(settings, node={"peers": peers})
-    assert list(found) == ["spool", "database", "weights", "device", "peer PEER"]
+    assert list(found) == [
+        "listen", "tls", "access", "audit", "spool", "database", "weights", "device", "peer PEER",
+    ]  # fmt: skip
     assert failed(found) == set()
     assert found["weights"].message == f"brightness, {bundle.digest[:16]}"
     assert found["device"].message == "cpu"
@@ -386,7 +388,9 @@ def test_what_is_wrong_is_told_and_the_rest_is_tried(settings, tmp_path, section
     changes: dict[str, dict[str, Any]] = {"node": {"peers": []}}
     changes[section] = {**changes.get(section, {}), key: value}
     found = checked(settings, **changes)
-    assert list(found) == ["spool", "database", "weights", "device", "peers"]
+    assert list(found) == [
+        "listen", "tls", "audit", "spool", "database", "weights", "device", "peers",
+    ]  # fmt: skip
     name = NAMES.get(f"{section} {key}", section)
     assert failed(found) == {name, "peers"}
     assert words in found[name].message

@@ -232,15 +232,20 @@ def test_a_duplicate_is_stored_again(receiver, spool):
     assert len(instances(spool)) == 2
 
 
+def others(folder: Path) -> set[Path]:
+    """All paths that are no Instance and no lock of a process."""
+    return {path for path in folder.rglob("*") if path.parent.name not in ("incoming", ".slots")}
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 def test_a_uid_that_is_a_path_does_no_harm(receiver, spool, tmp_path):
-    before = {path for path in tmp_path.rglob("*") if path.parent.name != "incoming"}
+    before = others(tmp_path)
     uid = "../../../../etc/x"
     assert store(receiver.port, ct_dataset(SOPInstanceUID=uid)) == 0x0000
     (instance,) = instances(spool)
     assert spool.waits(instance)
     assert read(spool, instance).file_meta.MediaStorageSOPInstanceUID == uid
-    assert {path for path in tmp_path.rglob("*") if path.parent.name != "incoming"} == before
+    assert others(tmp_path) == before
 
 
 # Negotiation
@@ -323,7 +328,11 @@ def test_associations_are_limited_in_number(tmp_path):
 
 def test_store_answers_a700_when_the_spool_is_full(settings, tmp_path):
     full = settings.model_copy(
-        update={"spool": settings.spool.model_copy(update={"reserve_bytes": 1 << 62})}
+        update={
+            "spool": settings.spool.model_copy(
+                update={"reserve_bytes": 1 << 62, "refuse_below_bytes": 0}
+            )
+        }
     )
     receiver = Receiver(full)
     receiver.start()
@@ -373,9 +382,8 @@ def test_a_peer_that_does_not_speak_dicom_harms_nobody(receiver, data, stays):
 
 
 @pytest.mark.parametrize("data", [b"", b"\x01\x00\x00"])
-def test_a_peer_that_stays_silent_is_disconnected(monkeypatch, settings, data):
-    monkeypatch.setattr(receive, "ACSE_TIMEOUT_S", 0.2)
-    receiver = Receiver(settings)
+def test_a_peer_that_stays_silent_is_disconnected(tmp_path, data):
+    receiver = Receiver(make_settings(tmp_path, handshake_seconds=0.2))
     receiver.start()
     with socket.create_connection(("127.0.0.1", receiver.port), timeout=10) as connection:
         connection.sendall(data)
@@ -450,9 +458,8 @@ def test_a_sender_that_is_killed_counts_as_aborted(receiver, spool, sent_last):
     assert_serves(receiver.port)
 
 
-def test_a_sender_that_breaks_off_within_a_pdu_is_aborted(monkeypatch, settings, spool):
-    monkeypatch.setattr(receive, "NETWORK_TIMEOUT_S", 0.3)
-    receiver = Receiver(settings)
+def test_a_sender_that_breaks_off_within_a_pdu_is_aborted(tmp_path, spool):
+    receiver = Receiver(make_settings(tmp_path, idle_seconds=0.3))
     receiver.start()
     assoc = associate(receiver.port, CT)
     assoc.send_c_store(ct_dataset())

@@ -278,10 +278,11 @@ def test_the_end_of_an_association_is_noted(spool, node, stage, kind):
 @on_sqlite
 def test_a_receiver_that_starts_anew_loses_the_associations_before(spool, node, stage):
     put(spool, ct_slice(SERIES, 0))
-    spool.put_event(B, "started")
-    put(spool, ct_slice(PRIOR, 0), association=B)
+    put(spool, ct_slice(FOLLOW_UP, 0), association=B)  # of another receiver, which runs on
+    spool.put_event(A[:8] + "0" * 8, "started")
+    put(spool, ct_slice(PRIOR, 0), association=A[:8] + "1" * 8)
     drain(stage)
-    assert ends(node) == {SERIES: ("lost",), PRIOR: (None,)}
+    assert ends(node) == {SERIES: ("lost",), FOLLOW_UP: (None,), PRIOR: (None,)}
 
 
 @on_sqlite
