@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from pynetdicom import AE, Association, _config, build_context, evt
@@ -18,9 +19,12 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, SpoolFull
+from dicomnode.scp import lane
 from dicomnode.scp.connection import PromptSocket
 from dicomnode.scp.contexts import handle_sop_common, supported_contexts
+from dicomnode.scp.dimse import StoreRequest
 from dicomnode.scp.meta import file_meta
+from dicomnode.scp.pdata import Budget, Limits
 from dicomnode.spool import Spool
 
 logger = logging.getLogger(__name__)
@@ -61,10 +65,17 @@ class Receiver:
         self._ae.acse_timeout = ACSE_TIMEOUT_S
         self._ae.dimse_timeout = DIMSE_TIMEOUT_S
         self._ae.network_timeout = NETWORK_TIMEOUT_S
-        # maximum_pdu_size stays at 16382: larger PDUs slow a sender that leaves Nagle on from
-        # 293 to 26 slices/s (it waits for our delayed TCP acknowledgement once a slice).
+        self._limits = Limits()
+        self._budget = Budget(self._limits.buffered_bytes)
+        self._ae.maximum_pdu_size = self._limits.announced_pdu_bytes
+        self._fast_lane = settings.node.fast_lane
+        if self._fast_lane and (missing := lane.check()):
+            logger.warning("no fast lane in this pynetdicom", extra={"missing": missing})
+            self._fast_lane = False
         self._server: ThreadedAssociationServer | None = None
-        self._association_ids: dict[Association, str] = {}
+        self._lock = threading.Lock()  # an association may store in two threads
+        self._ids: weakref.WeakKeyDictionary[Association, str] = weakref.WeakKeyDictionary()
+        self._storing: set[Association] = set()  # whose end is to be spooled
 
     @property
     def port(self) -> int:
@@ -89,7 +100,8 @@ class Receiver:
                 block=False,
                 contexts=[build_context(Verification)],  # and what `handle_requested` adds
                 evt_handlers=[
-                    (evt.EVT_CONN_OPEN, handle_conn_open),
+                    (evt.EVT_CONN_OPEN, self._handle_conn_open),
+                    (evt.EVT_CONN_CLOSE, handle_conn_close),
                     (evt.EVT_REQUESTED, handle_requested),
                     (evt.EVT_SOP_COMMON, handle_sop_common),
                     (evt.EVT_REJECTED, handle_rejected),
@@ -125,18 +137,48 @@ class Receiver:
         _wait(lambda: not any(assoc.dul.is_alive() for assoc in remaining), ABORT_GRACE_S)
         for assoc in remaining:  # a peer that broke off within a PDU keeps its thread reading
             _shut_down(assoc)
-        _wait(lambda: not self._association_ids, ABORT_GRACE_S)
+        _wait(lambda: not self._storing, ABORT_GRACE_S)
         logger.info("receiver stopped")
 
+    def _handle_conn_open(self, event: evt.Event) -> None:
+        handle_conn_open(event)
+        if self._fast_lane and _connection(event.assoc):
+            lane.install(event.assoc, self._store, self._limits, self._budget)
+
     def _handle_store(self, event: evt.Event) -> int:
-        assoc = event.assoc
-        association_id = self._association_ids.get(assoc) or _new_association_id()
-        status = handle_store(event, self._spool, association_id)
-        if status == SUCCESS and assoc not in self._association_ids:
-            self._association_ids[assoc] = association_id
-            threading.Thread(
-                target=self._spool_end, args=(assoc, association_id), daemon=True
-            ).start()
+        """Answer a C-STORE that pynetdicom read."""
+        request, context = event.request, event.context
+        as_read = StoreRequest(
+            context_id=context.context_id,
+            transfer_syntax_uid=context.transfer_syntax,
+            message_id=request.MessageID,
+            affected_sop_class_uid=request.AffectedSOPClassUID,
+            affected_sop_instance_uid=request.AffectedSOPInstanceUID,
+            priority=request.Priority,
+            move_originator_ae_title=request.MoveOriginatorApplicationEntityTitle,
+            move_originator_message_id=request.MoveOriginatorMessageID,
+        )
+        return self._store(event.assoc, as_read, request.DataSet.getbuffer())
+
+    def _store(self, assoc: Association, request: StoreRequest, data: memoryview) -> int:
+        with self._lock:
+            association_id = self._ids.setdefault(assoc, _new_association_id())
+        status = handle_store(
+            request,
+            data,
+            self._spool,
+            association_id,
+            calling_ae_title=assoc.requestor.ae_title,
+            called_ae_title=assoc.acceptor.ae_title,
+        )
+        if status == SUCCESS and assoc not in self._storing:
+            with self._lock:
+                first = assoc not in self._storing
+                self._storing.add(assoc)
+            if first:
+                threading.Thread(
+                    target=self._spool_end, args=(assoc, association_id), daemon=True
+                ).start()
         return status
 
     def _spool_end(self, assoc: Association, association_id: str) -> None:
@@ -152,7 +194,7 @@ class Receiver:
         except SpoolFull as exc:  # the worker waits `series.lost_seconds` instead
             logger.warning("end of association not spooled", extra={**extra, "reason": str(exc)})
         finally:
-            del self._association_ids[assoc]
+            self._storing.discard(assoc)
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
@@ -176,17 +218,23 @@ def run(settings: Settings, stop: threading.Event) -> None:
         receiver.stop()
 
 
-def handle_store(event: evt.Event, spool: Spool, association_id: str) -> int:
+def handle_store(
+    request: StoreRequest,
+    data_set: memoryview,
+    spool: Spool,
+    association_id: str,
+    *,
+    calling_ae_title: str,
+    called_ae_title: str,
+) -> int:
     """Return the status of a C-STORE; Success once the Instance is on stable storage."""
-    request = event.request
     try:
-        data_set = event.encoded_dataset(include_meta=False)
         meta = file_meta(
-            request.AffectedSOPClassUID,
-            request.AffectedSOPInstanceUID,
-            event.context.transfer_syntax,
-            calling_ae_title=event.assoc.requestor.ae_title,
-            called_ae_title=event.assoc.acceptor.ae_title,
+            request.affected_sop_class_uid,
+            request.affected_sop_instance_uid,
+            request.transfer_syntax_uid,
+            calling_ae_title=calling_ae_title,
+            called_ae_title=called_ae_title,
         )
         spool.put([meta, data_set], association_id)
     except SpoolFull as exc:
@@ -194,13 +242,13 @@ def handle_store(event: evt.Event, spool: Spool, association_id: str) -> int:
         return OUT_OF_RESOURCES
     except Exception:
         logger.exception(
-            "instance not stored", extra={"sop_instance_uid": request.AffectedSOPInstanceUID}
+            "instance not stored", extra={"sop_instance_uid": request.affected_sop_instance_uid}
         )
         return CANNOT_UNDERSTAND
     logger.debug(
         "instance stored",
         extra={
-            "sop_instance_uid": request.AffectedSOPInstanceUID,
+            "sop_instance_uid": request.affected_sop_instance_uid,
             "bytes": len(data_set),
             "association_id": association_id,
         },
@@ -227,8 +275,20 @@ def handle_conn_open(event: evt.Event) -> None:
         connection.settimeout(ACSE_TIMEOUT_S)
 
 
+def handle_conn_close(event: evt.Event) -> None:
+    """Let an association be over when its peer leaves before it asked for anything.
+
+    Its thread would else wait for a request until ACSE_TIMEOUT_S, and count: the health checks
+    of a load balancer alone could use up `maximum_associations`.
+    """
+    if event.assoc.dul.state_machine.current_state == "Sta2":
+        event.assoc.dul.to_user_queue.put(None)  # "timed out"
+
+
 def handle_established(event: evt.Event) -> None:
     """Give an association that was accepted more time than a stranger."""
+    if isinstance(event.assoc.dul.socket, lane.LaneSocket):
+        return  # has limits of its own
     if connection := _connection(event.assoc):
         connection.settimeout(NETWORK_TIMEOUT_S)
 
