@@ -71,9 +71,9 @@ def make_settings(tmp_path: Path, **node) -> Settings:
     )
 
 
-@pytest.fixture
-def settings(tmp_path) -> Settings:
-    return make_settings(tmp_path)
+@pytest.fixture(params=[True, False], ids=["lane", "plain"])
+def settings(request, tmp_path) -> Settings:
+    return make_settings(tmp_path, fast_lane=request.param)
 
 
 @pytest.fixture
