@@ -11,7 +11,7 @@ import click
 from benchmarks.ingest import rates, receivers, report
 from benchmarks.ingest.senders import dcmtk
 
-SLICES, QUICK_SLICES = 400, 32  # a row, over all its associations
+SLICES, QUICK_SLICES = 1000, 32  # a row, over all its associations
 PROBES, QUICK_PROBES = 96, 16  # slices a row whose latency is taken
 OFFSET_SLICES, QUICK_OFFSET_SLICES = 600, 40  # a series
 REPEATS = 3

@@ -14,9 +14,9 @@ from benchmarks.ingest.receivers import WHOLE, Running, running
 from benchmarks.ingest.senders import RUN_S, ack_times_ms, send
 from benchmarks.ingest.slices import Slices, shares
 
-SEND_S = 3.0  # a row is sent no more slices than it takes in this time
-PROBE_S = 2.0
-LEAST = 16  # slices an association, however slow
+SEND_S = 1.5  # a row is sent no more slices than it takes in this time
+PROBE_S = 1.0
+LEAST = 4  # slices an association, however slow
 QUIET_S = 5.0  # the node's default
 OFFSET_POLL_S = 0.002
 

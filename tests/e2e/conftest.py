@@ -167,26 +167,39 @@ lost_seconds = {self._lost_seconds}
             process.kill()
             process.wait()
             return process.pid
-        parts[part].kill()
-        psutil.wait_procs([parts[part]], timeout=10)
+        self.kill_processes([parts[part]])
         return parts[part].pid
 
+    def kill_processes(self, processes: Sequence[psutil.Process]) -> None:
+        """Kill some of `processes` by SIGKILL, all at once."""
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+    def processes(
+        self, part: str, process: subprocess.Popen[bytes] | None = None
+    ) -> list[psutil.Process]:
+        """Return the processes of a part that run now; receivers may be several."""
+        process = process or self._process
+        assert process is not None
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if PARTS[part] in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                        found.append(child)
+                        self._parts[child.pid] = child
+        return found
+
     def parts(self, process: subprocess.Popen[bytes] | None = None) -> dict[str, psutil.Process]:
-        """Return the processes of receiver and worker, waiting for one that is being restarted."""
+        """Return a process of each part, waiting for one that is being restarted."""
         process = process or self._process
         assert process is not None
 
         def find() -> dict[str, psutil.Process]:
-            found = {}
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children():
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        arguments = child.cmdline()
-                        for name, argument in PARTS.items():
-                            if argument in arguments and child.status() != psutil.STATUS_ZOMBIE:
-                                found[name] = child
-                                self._parts[child.pid] = child
-            return found
+            found = {name: self.processes(name, process) for name in PARTS}
+            return {name: running[0] for name, running in found.items() if running}
 
         with contextlib.suppress(AssertionError):
             return eventually(
