@@ -252,6 +252,15 @@ class Requestor:
         # (0000,0900) Status, in Implicit VR Little Endian
         return int.from_bytes(answer.partition(bytes.fromhex("0000000902000000"))[2][:2], "little")
 
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are, whole PDUs or not."""
+        self._socket.sendall(data)
+
+    def reset(self) -> None:
+        """Break the connection off, as the end of a process with unread bytes does."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._socket.close()
+
     def abort(self) -> None:
         """Send an A-ABORT, and close the connection."""
         with self._socket, contextlib.suppress(OSError):

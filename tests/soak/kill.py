@@ -204,7 +204,8 @@ def _starts(node: Node) -> int:
 
 def _kill(node: Node, part: str, rng: random.Random, disk: Disk | None) -> None:
     if part == "receiver":
-        node.kill_processes([rng.choice(node.processes("receiver"))])
+        running = eventually(lambda: node.processes("receiver"), "a receiver is up again")
+        node.kill_processes([rng.choice(running)])
     elif part == "worker":
         node.kill("worker")
     elif part == "both":
