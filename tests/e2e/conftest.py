@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -86,6 +87,7 @@ class Node:
         quiet_seconds: float = 1.0,
         lost_seconds: float = 600.0,
         prefix: Sequence[str] = (),
+        more_settings: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.prefix = folder, list(prefix)
@@ -96,6 +98,7 @@ class Node:
         # Loggers whose tracebacks are no fault: pynetdicom prints one when a peer hangs up.
         self.tracebacks_of: set[str] = set()
         self._quiet_seconds, self._lost_seconds = quiet_seconds, lost_seconds
+        self._more_settings = more_settings  # TOML, sections that are not in `write_config`
         self._process: subprocess.Popen[bytes] | None = None
         self._parts: dict[int, psutil.Process] = {}  # every part that was ever seen
         self._resources = contextlib.ExitStack()
@@ -123,6 +126,7 @@ device = "cpu"
 [series]
 quiet_seconds = {self._quiet_seconds}
 lost_seconds = {self._lost_seconds}
+{self._more_settings}
 """
         )
         return path
@@ -207,6 +211,12 @@ lost_seconds = {self._lost_seconds}
                 "receiver and worker",
             )
         return find()
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        """The process that restarts the others."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
 
     @property
     def running(self) -> bool:
@@ -495,6 +505,7 @@ def association(
     *contexts: tuple[str, Sequence[str]],
     calling_ae_title: str = "TEST",
     called_ae_title: str = "DICOMNODE",
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Association]:
     """Give an association, established or not; released at the end where it still stands."""
     ae = AE(calling_ae_title)
@@ -510,7 +521,11 @@ def association(
         connections.append(connection)
 
     assoc = ae.associate(
-        "127.0.0.1", port, ae_title=called_ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, opened)]
+        "127.0.0.1",
+        port,
+        ae_title=called_ae_title,
+        evt_handlers=[(evt.EVT_CONN_OPEN, opened)],
+        tls_args=None if tls is None else (tls, None),
     )
     checkpoint = _Checkpoint()
     try:

@@ -27,6 +27,7 @@ class Load:
     def __init__(self, port: int, associations: int, deadline_s: float = DEADLINE_S) -> None:
         self.acknowledged: set[str] = set()
         self.refused: list[int] = []  # statuses other than Success
+        self.turned_away = 0  # associations that were refused
         self.again = 0  # slices that were sent again, since no answer came
         self._port, self._deadline_s = port, deadline_s
         self._given = 0
@@ -86,6 +87,7 @@ class Load:
         while waiting and not self._given_up:
             assert time.monotonic() < deadline, f"{len(waiting)} slices find no receiver"
             with association(self._port) as assoc:
+                self.turned_away += assoc.is_rejected
                 while waiting and assoc.is_established:
                     status = self._store(assoc, waiting[-1])
                     if status is None:  # it broke off: nobody knows whether the slice arrived
