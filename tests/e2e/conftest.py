@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -86,6 +87,7 @@ class Node:
         quiet_seconds: float = 1.0,
         lost_seconds: float = 600.0,
         prefix: Sequence[str] = (),
+        more_settings: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.prefix = folder, list(prefix)
@@ -96,6 +98,7 @@ class Node:
         # Loggers whose tracebacks are no fault: pynetdicom prints one when a peer hangs up.
         self.tracebacks_of: set[str] = set()
         self._quiet_seconds, self._lost_seconds = quiet_seconds, lost_seconds
+        self._more_settings = more_settings  # TOML, sections that are not in `write_config`
         self._process: subprocess.Popen[bytes] | None = None
         self._parts: dict[int, psutil.Process] = {}  # every part that was ever seen
         self._resources = contextlib.ExitStack()
@@ -123,6 +126,7 @@ device = "cpu"
 [series]
 quiet_seconds = {self._quiet_seconds}
 lost_seconds = {self._lost_seconds}
+{self._more_settings}
 """
         )
         return path
@@ -167,26 +171,39 @@ lost_seconds = {self._lost_seconds}
             process.kill()
             process.wait()
             return process.pid
-        parts[part].kill()
-        psutil.wait_procs([parts[part]], timeout=10)
+        self.kill_processes([parts[part]])
         return parts[part].pid
 
+    def kill_processes(self, processes: Sequence[psutil.Process]) -> None:
+        """Kill some of `processes` by SIGKILL, all at once."""
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+    def processes(
+        self, part: str, process: subprocess.Popen[bytes] | None = None
+    ) -> list[psutil.Process]:
+        """Return the processes of a part that run now; receivers may be several."""
+        process = process or self._process
+        assert process is not None
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if PARTS[part] in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                        found.append(child)
+                        self._parts[child.pid] = child
+        return found
+
     def parts(self, process: subprocess.Popen[bytes] | None = None) -> dict[str, psutil.Process]:
-        """Return the processes of receiver and worker, waiting for one that is being restarted."""
+        """Return a process of each part, waiting for one that is being restarted."""
         process = process or self._process
         assert process is not None
 
         def find() -> dict[str, psutil.Process]:
-            found = {}
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(process.pid).children():
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        arguments = child.cmdline()
-                        for name, argument in PARTS.items():
-                            if argument in arguments and child.status() != psutil.STATUS_ZOMBIE:
-                                found[name] = child
-                                self._parts[child.pid] = child
-            return found
+            found = {name: self.processes(name, process) for name in PARTS}
+            return {name: running[0] for name, running in found.items() if running}
 
         with contextlib.suppress(AssertionError):
             return eventually(
@@ -194,6 +211,12 @@ lost_seconds = {self._lost_seconds}
                 "receiver and worker",
             )
         return find()
+
+    @property
+    def supervisor(self) -> psutil.Process:
+        """The process that restarts the others."""
+        assert self._process is not None
+        return psutil.Process(self._process.pid)
 
     @property
     def running(self) -> bool:
@@ -482,6 +505,7 @@ def association(
     *contexts: tuple[str, Sequence[str]],
     calling_ae_title: str = "TEST",
     called_ae_title: str = "DICOMNODE",
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Association]:
     """Give an association, established or not; released at the end where it still stands."""
     ae = AE(calling_ae_title)
@@ -497,7 +521,11 @@ def association(
         connections.append(connection)
 
     assoc = ae.associate(
-        "127.0.0.1", port, ae_title=called_ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, opened)]
+        "127.0.0.1",
+        port,
+        ae_title=called_ae_title,
+        evt_handlers=[(evt.EVT_CONN_OPEN, opened)],
+        tls_args=None if tls is None else (tls, None),
     )
     checkpoint = _Checkpoint()
     try:

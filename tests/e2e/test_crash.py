@@ -1,30 +1,21 @@
-"""`kill -9` of any process at any moment: what was answered 0x0000 ends in a curve.
+"""`kill -9` of any process at any moment, and power cuts: what was answered 0x0000 is in a curve.
 
 Nothing that was answered is sent again. `DICOMNODE_TEST_SOAK=200` makes a long soak of it: so
-many rounds for each process, each with another seed.
+many kills, and a tenth as many power cuts. `python -m tests.soak.kill` is the same by hand.
 """
 
 import os
 import random
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from pydicom.dataset import Dataset
-from pynetdicom import Association
 
 from dicomnode.model import SeriesState
-from tests.e2e.conftest import (
-    DEADLINE_S,
-    Node,
-    Scan,
-    association,
-    eventually,
-    running_node,
-    scan,
-)
+from tests.e2e.conftest import Node, Scan, running_node, scan, skip
+from tests.soak import kill
+from tests.soak.disk import mounted
+from tests.soak.load import Load
 
 # pynetdicom leaves sockets of associations that the peer broke off to the garbage collector.
 pytestmark = [
@@ -32,53 +23,8 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-ROUNDS = int(os.environ.get("DICOMNODE_TEST_SOAK", "2"))
+SOAK = int(os.environ.get("DICOMNODE_TEST_SOAK", "0"))
 SERIES = 5
-ASSOCIATIONS = 4
-
-
-class Senders:
-    """Several associations that each store a share of the slices, whatever happens to the node.
-
-    A slice is sent until it is answered 0x0000, and never again after that.
-    """
-
-    def __init__(self, port: int, shares: list[list[Dataset]]) -> None:
-        self._port = port
-        self.acknowledged: set[str] = set()
-        self.others: list[int] = []  # statuses other than Success
-        self._deadline = time.monotonic() + DEADLINE_S
-        self._pool = ThreadPoolExecutor(len(shares))
-        self._runs = [self._pool.submit(self._send, share) for share in shares]
-
-    def wait(self) -> None:
-        """Return when all was acknowledged, and raise what a sender raised."""
-        self._pool.shutdown()
-        for run in self._runs:
-            run.result()
-
-    def _send(self, share: list[Dataset]) -> None:
-        waiting = list(reversed(share))
-        while waiting:
-            assert time.monotonic() < self._deadline, f"{len(waiting)} slices find no receiver"
-            with association(self._port) as assoc:
-                while waiting and assoc.is_established:
-                    status = self._store(assoc, waiting[-1])
-                    if status is None:  # it broke off: nobody knows whether the slice arrived
-                        break
-                    if status == 0x0000:
-                        self.acknowledged.add(str(waiting.pop().SOPInstanceUID))
-                    else:
-                        self.others.append(status)
-            if waiting:
-                time.sleep(0.1)  # a receiver that was killed is not back at once
-
-    @staticmethod
-    def _store(assoc: Association, ds: Dataset) -> int | None:
-        try:
-            return assoc.send_c_store(ds).get("Status")
-        except RuntimeError:  # it broke off between two slices
-            return None
 
 
 @pytest.fixture
@@ -89,41 +35,73 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
 
 
-@pytest.mark.parametrize("part", ["receiver", "worker", "supervisor"])
-def test_what_was_acknowledged_survives_a_kill(node, part):
-    for round_ in range(ROUNDS):
-        if round_ and round_ % 3 == 0:  # the supervisor lets a part that dies often wait longer
-            assert node.stop() == 0
-            node.start()
-        rng = random.Random(f"{part} {round_}")
-        scans = [scan(spacing_mm=12.0) for _ in range(SERIES)]
-        slices = [ds for made in scans for ds in made.slices]
-        rng.shuffle(slices)
-        senders = Senders(node.port, [slices[i::ASSOCIATIONS] for i in range(ASSOCIATIONS)])
-        # Somewhere while the slices arrive; the worker also while it works them off.
-        after = rng.randrange(1, len(slices))
-        eventually(lambda: len(senders.acknowledged) >= after, f"{after} slices")  # noqa: B023
-        time.sleep(rng.uniform(0, 1.0 if part == "worker" else 0.02))
-        node.kill(part)
-        if part == "supervisor":
-            node.start(wait=False)
-        senders.wait()
-        assert senders.others == []
-        assert senders.acknowledged == {str(ds.SOPInstanceUID) for ds in slices}
-        assert_all_in_curves(node, scans)
+def test_what_was_acknowledged_survives_kills(tmp_path):
+    count = max(SOAK, len(kill.KILLS))
+    with kill.opened(tmp_path, power=False) as (node, _):
+        result = kill.run(node, count, seed=1)
+    assert_sound(result, count)
+    assert not result.refused
+    assert set(result.kills) == set(kill.KILLS)
+
+
+def test_what_was_acknowledged_survives_power_cuts(tmp_path):
+    count = max(SOAK // 10, 2)
+    try:
+        with kill.opened(tmp_path, power=True) as (node, disk):
+            result = kill.run(node, count, parts=["power"], seed=1, disk=disk)
+    except RuntimeError as exc:
+        skip(f"no disk whose power can be cut: {exc}")
+    assert_sound(result, count)
+    assert set(result.refused) <= {0xA700}  # what was underway when the disk went
+
+
+def test_the_disk_whose_power_is_cut_forgets_what_was_not_synced(tmp_path):
+    try:
+        with mounted(tmp_path, 64) as disk:
+            with open(disk.path / "synced", "wb") as file:
+                file.write(bytes(5000))
+                file.flush()
+                os.fsync(file.fileno())
+            folder = os.open(disk.path, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+            (disk.path / "not synced").write_bytes(bytes(5000))
+            with open(disk.path / "synced", "r+b") as file:
+                file.write(b"changed")
+            disk.cut()
+            with pytest.raises(OSError):
+                (disk.path / "too late").write_bytes(b"")
+            disk.restore()
+            assert {p.name for p in disk.path.iterdir()} == {"synced", "lost+found"}
+            assert (disk.path / "synced").read_bytes() == bytes(5000)
+    except RuntimeError as exc:
+        skip(f"no disk whose power can be cut: {exc}")
 
 
 def test_a_node_that_was_killed_whole_goes_on_where_it_was(node):
     scans = [scan(spacing_mm=12.0) for _ in range(SERIES)]
     slices = [ds for made in scans for ds in made.slices]
+    random.Random(3).shuffle(slices)
     half = len(slices) // 2
-    Senders(node.port, [slices[:half]]).wait()
-    for part in ("worker", "receiver", "supervisor"):
-        node.kill(part)
-    node.wait_for_parts_to_end()
-    node.start()
-    Senders(node.port, [slices[half:]]).wait()
+    for share in (slices[:half], slices[half:]):
+        load = Load(node.port, 1)
+        load.put(share)
+        load.finish()
+        assert load.acknowledged == {str(ds.SOPInstanceUID) for ds in share}
+        if share[0] is slices[0]:
+            for part in ("worker", "receiver", "supervisor"):
+                node.kill(part)
+            node.wait_for_parts_to_end()
+            node.start()
     assert_all_in_curves(node, scans)
+
+
+def assert_sound(result: kill.Result, count: int) -> None:
+    print(result)
+    assert result.kills.total() == count
+    assert result.acknowledged >= count * kill.UNDER_WAY // 2
+    assert result.sound, result
+    assert result.offsets == 3 * result.curves / 2
 
 
 def assert_all_in_curves(node: Node, scans: list[Scan]) -> None:

@@ -10,16 +10,31 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import ingest
-from benchmarks.ingest import DCMTK, ORTHANC, OURS, PYNETDICOM, WHOLE, Figures, Key
+from benchmarks.ingest import report
+from benchmarks.ingest.rates import Figures, Key
+from benchmarks.ingest.receivers import (
+    FORK,
+    ORTHANC,
+    OURS,
+    OURS_FILES,
+    PLAIN,
+    PYNETDICOM,
+    WHOLE,
+    available,
+)
+from benchmarks.ingest.senders import dcmtk
+from benchmarks.ingest.slices import shares
 from dicomnode.model import Method
 
 ROOT = Path(__file__).parents[2]
+EVERY = [OURS, WHOLE, PYNETDICOM, PLAIN, FORK, ORTHANC]
+if OURS_FILES in available(isolated=True)[0]:  # this version has a journal
+    EVERY.insert(1, OURS_FILES)
 
 
 @pytest.fixture
 def _sender() -> None:
-    if ingest.dcmtk("storescu") is None:
+    if dcmtk("storescu") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("CI=true and DCMTK is not installed")
         pytest.skip("DCMTK is not installed")
@@ -45,21 +60,18 @@ def left_in(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_sender")
 def test_every_receiver_takes_and_ours_scores_what_ingest_sends(tmp_path):
-    with start(tmp_path, "--quick", "--json", "--slices", "4", "--associations", "1,2") as process:
+    with start(tmp_path, "--quick", "--json", "--slices", "8", "--associations", "1,2") as process:
         out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     result = json.loads(out)
-    assert set(result) == {"rows", "ratios", "scored"}
-    expected = [OURS, WHOLE, PYNETDICOM]
-    if f"{DCMTK} is left out" not in err:
-        expected.append(DCMTK)
-    if f"{ORTHANC} is left out" not in err:
-        expected.append(ORTHANC)
+    assert set(result) == {"rows", "ratios", "scored", "offset_ms"}
+    expected = [r for r in EVERY if f"{r} is left out" not in err]
+    assert expected == available(isolated=FORK in expected)[0]
     rows = {(r["receiver"], r["associations"], r["nagle"]): r for r in result["rows"]}
     assert len(rows) == len(result["rows"])
     assert set(rows) == {(r, n, nagle) for r in expected for n in (1, 2) for nagle in (False, True)}
     for row in rows.values():
-        assert set(row) == {
+        assert set(row) >= {
             "receiver",
             "associations",
             "nagle",
@@ -71,15 +83,18 @@ def test_every_receiver_takes_and_ours_scores_what_ingest_sends(tmp_path):
         assert row["slices_per_s"] > 0
         assert row["cpu_ms_per_slice"] >= 0  # the kernel counts in steps of 10 ms
         assert 0 < row["ack_p50_ms"] <= row["ack_p99_ms"]
-    assert [row["associations"] for row in result["scored"]] == [1, 2]
-    assert all(set(row) == {"associations", "slices_per_s"} for row in result["scored"])
+    assert {(row["associations"], row["nagle"]) for row in result["scored"]} == {
+        (n, nagle) for n in (1, 2) for nagle in (False, True)
+    }
     assert all(row["slices_per_s"] > 0 for row in result["scored"])
     ratios = result["ratios"]
     assert {name for name, ratio in ratios.items() if ratio is None} >= {"orthanc_4", "storescp_4"}
     assert (ratios["orthanc_1"] is not None) == (ORTHANC in expected)
     assert (ratios["scored_vs_orthanc"] is not None) == (ORTHANC in expected)
-    assert (ratios["storescp_1"] is not None) == (DCMTK in expected)
-    assert (ratios["nagle_storescp"] is not None) == (DCMTK in expected)
+    assert (ratios["storescp_1"] is not None) == (FORK in expected)
+    assert (ratios["nagle_storescp"] is not None) == (PLAIN in expected)
+    # Nothing is stored before the quiet time is over.
+    assert 0 < result["offset_ms"]["median"] <= result["offset_ms"]["most"] < 60_000
     assert left_in(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -108,13 +123,14 @@ def test_summary_divides_ours_by_theirs():
         Key(WHOLE, 4, True): 500,
         Key(ORTHANC, 1, False): 200,
         Key(ORTHANC, 4, False): 100,
-        Key(DCMTK, 1, True): 20,
-        Key(DCMTK, 4, False): 800,
+        Key(PLAIN, 1, True): 20,
+        Key(PLAIN, 4, False): 1,
+        Key(FORK, 4, False): 800,
     }
     figures = {key: Figures([rate], [], [2.0], [1.0, 3.0]) for key, rate in rates.items()}
     figures[Key(WHOLE, 4, False)].scored_per_s.append(50)
     figures[Key(WHOLE, 4, True)].scored_per_s.append(7)
-    result = ingest.summary(figures)
+    result = report.summary(figures, [40.0, 90.0, 50.0])
     assert result["ratios"] == {
         "orthanc_1": 2.0,
         "orthanc_4": 6.0,
@@ -123,13 +139,23 @@ def test_summary_divides_ours_by_theirs():
         "nagle_storescp": 15.0,
         "scored_vs_orthanc": 0.5,
     }
-    assert result["scored"] == [{"associations": 4, "slices_per_s": 50.0}]
+    assert [(row["nagle"], row["slices_per_s"]) for row in result["scored"]] == [
+        (False, 50.0),
+        (True, 7.0),
+    ]
+    assert (result["offset_ms"]["median"], result["offset_ms"]["most"]) == (50.0, 90.0)
+    assert report.summary(figures)["offset_ms"] is None
+
+
+def test_series_are_as_long_as_the_fewest_associations_need():
+    assert shares(400, [1, 4, 8]) == [400, 100, 100, 100, 50, 50, 50, 50]
+    assert shares(10, [3]) == [4, 4, 4]
 
 
 @pytest.mark.usefixtures("_sender")
 def test_the_sender_of_ingest_is_that_of_dcmtk_and_not_of_pynetdicom():
     beside_us = shutil.which("storescu", path=str(Path(sys.executable).parent))
-    assert ingest.dcmtk("storescu") != beside_us
+    assert dcmtk("storescu") != beside_us
 
 
 def test_align_measures_every_method_and_finds_what_itk_finds():

@@ -1,0 +1,1 @@
+"""Long runs against a whole node: kills, power cuts, steady load."""
