@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import AE, Association
@@ -20,7 +23,7 @@ from pynetdicom.sop_class import Verification
 from dicomnode.config import Settings
 from dicomnode.node import receive
 from dicomnode.node.receive import Receiver
-from dicomnode.scp import access
+from dicomnode.scp import access, listener
 from dicomnode.spool import Spool
 from tests.dicom import ct_dataset
 from tests.integration.test_receive import (
@@ -177,6 +180,39 @@ def test_a_peer_leaves_room_for_others(tmp_path):
         assert refusal(call(receiver.port, "B")) == (2, 3, 2)
         held.pop(0).release()
         assert eventually(lambda: call(receiver.port, "A").is_established)
+
+
+def test_a_rejected_association_holds_no_place(tmp_path):
+    settings = make_settings(tmp_path, maximum_associations=1, maximum_associations_per_peer=3)
+    with running(settings) as receiver, ExitStack() as stack:
+        held = associate(receiver.port)
+        assert held.is_established
+        request = a_request()
+        for _ in range(3):  # requestors that do not close after the A-ASSOCIATE-RJ
+            connection = socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
+            stack.enter_context(connection).sendall(request)
+            assert connection.recv(1) == b"\x03"
+        held.release()
+        assert eventually(lambda: associate(receiver.port).is_established)
+
+
+def a_request() -> bytes:
+    """An A-ASSOCIATE-RQ of PACS for Verification."""
+    ae = AE("PACS")
+    ae.add_requested_context(Verification, ImplicitVRLittleEndian)
+    sent: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                sent.append(connection.recv(1 << 16))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        ae.associate("127.0.0.1", server.getsockname()[1], ae_title="DICOMNODE")
+        thread.join(10)
+    return sent[0]
 
 
 def test_two_receivers_count_together(tmp_path):
@@ -345,6 +381,76 @@ def test_a_request_of_400_mib_is_not_read(tmp_path):
         assert sent < 16 << 20  # what the two ends of TCP hold, and a little
         assert eventually(lambda: receiver.connections == 0)
         assert_serves(receiver.port)
+
+
+def test_strangers_of_many_addresses_are_bounded_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(listener, "MAXIMUM_CONNECTING", 20)
+    peers = [peer("ANY", addresses=["*"])]
+    settings = make_settings(tmp_path, peers=peers, maximum_connecting=5)
+    with running(settings) as receiver, ExitStack() as stack:
+        for i in range(100):
+            source = (f"127.0.1.{i % 50 + 1}", 0)
+            to = ("127.0.0.1", receiver.port)
+            stack.enter_context(socket.create_connection(to, 10, source_address=source))
+        assert eventually(lambda: receiver.connections == 20)
+        assert call(receiver.port, "ANY").is_established
+
+
+FEW_HANDLES = """
+import json, resource, sys, threading
+from dicomnode.config import Settings
+from dicomnode.node.receive import Receiver
+import logging; logging.basicConfig()
+receiver = Receiver(Settings(**json.loads(sys.argv[1])))
+receiver.start()
+soft = len(__import__("os").listdir("/proc/self/fd")) + 12
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+print(receiver.port, flush=True)
+sys.stdin.read()
+import time; print(time.process_time(), flush=True)
+receiver.stop()
+"""
+
+
+def test_without_file_handles_connections_wait_and_nothing_spins(tmp_path):
+    settings = make_settings(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FEW_HANDLES, settings.model_dump_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    port = int(process.stdout.readline())
+    before = psutil.Process(process.pid).cpu_times().user
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        threading.Event().wait(1.0)
+        assert psutil.Process(process.pid).cpu_times().user - before < 0.5
+    assert eventually(lambda: associate(port).is_established)
+    process.stdin.close()
+    told = process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(20) == 0
+    assert told.count("connection refused") == 1 and "Traceback" not in told
+
+
+def test_ipv6_is_an_address_like_another(tmp_path):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    peers = [peer("A", addresses=["::1"]), peer("B", addresses=["2001:db8::/32"])]
+    with running(make_settings(tmp_path, host="::1", peers=peers)) as receiver:
+        for ae_title, answer in (("A", None), ("B", codes(access.OTHER_ADDRESS))):
+            ae = AE(ae_title)
+            ae.add_requested_context(Verification, ImplicitVRLittleEndian)
+            assoc = ae.associate("::1", receiver.port, ae_title="DICOMNODE")
+            assert refusal(assoc) == answer
+            assert assoc.is_established is (answer is None)
 
 
 # Several receivers on one spool
