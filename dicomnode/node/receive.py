@@ -197,7 +197,6 @@ class Receiver:
         except Exception:  # pynetdicom would pass over it, and accept
             logger.exception("association not judged")
             rejection = access.NOT_JUDGED
-        _release(visit)
         assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
         self._tell_rejected(assoc, visit, rejection)
         assoc.kill()  # once the requestor has read it and closed, or the ARTIM timer ran out
@@ -261,7 +260,8 @@ class Receiver:
         # Neither EVT_RELEASED nor EVT_ABORTED is certain to come, and EVT_CONN_CLOSE may come
         # while the last Instance is being written. Once the threads of the association are over,
         # all it stored is in the spool, and how it ended is settled.
-        _release(visit)
+        for slot in visit.slots:
+            slot.release()
         if not visit.established:
             return
         kind = "released" if assoc.is_released else "aborted"
@@ -366,11 +366,6 @@ def handle_conn_open(event: evt.Event) -> None:
     if connection := _connection(event.assoc):
         # Our responses are small; Nagle would hold them back until the peer acknowledges.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _release(visit: Visit) -> None:
-    for slot in visit.slots:
-        slot.release()
 
 
 def _who(assoc: Association, visit: Visit) -> dict[str, Any]:

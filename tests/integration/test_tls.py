@@ -257,6 +257,25 @@ def test_what_is_weak_is_not_spoken(tmp_path, papers):
                 context.wrap_socket(connection, server_hostname="127.0.0.1")
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_no_session_is_resumed(tmp_path, papers, version):
+    context = client(papers, papers.issue("pacs.example"))
+    context.minimum_version = context.maximum_version = version
+    settings = make_settings(tmp_path, papers, node={"handshake_seconds": 0.3})
+    session = None
+    with running(settings) as receiver:
+        for _ in range(2):
+            with (
+                socket.create_connection(("127.0.0.1", receiver.port), timeout=10) as connection,
+                context.wrap_socket(
+                    connection, server_hostname="127.0.0.1", session=session
+                ) as secure,
+            ):
+                assert secure.recv(1) == b""  # a ticket of TLS 1.3 would have come before
+                assert not secure.session_reused
+                session = secure.session
+
+
 def tls_1_1(context: ssl.SSLContext) -> None:
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.maximum_version = ssl.TLSVersion.TLSv1_1
