@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
-from pynetdicom import AE, Association
+from pynetdicom import AE, AllStoragePresentationContexts, Association
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.sop_class import Verification
 
@@ -24,6 +24,7 @@ from dicomnode.config import Settings
 from dicomnode.node import receive
 from dicomnode.node.receive import Receiver
 from dicomnode.scp import access, listener
+from dicomnode.scp.contexts import TRANSFER_SYNTAXES
 from dicomnode.spool import Spool
 from tests.dicom import ct_dataset
 from tests.integration.test_receive import (
@@ -377,6 +378,18 @@ def test_a_request_that_trickles_in_has_only_so_long(tmp_path, trickle):
                         continue
             assert time.monotonic() - started < 6.0
         assert eventually(lambda: receiver.connections == 0)
+
+
+@pytest.mark.parametrize("syntaxes", [1, 8, 16])
+def test_a_long_request_is_served(tmp_path, syntaxes):
+    """Of 128 presentation contexts: 9 to 60 kB, beyond what is waited for."""
+    with running(make_settings(tmp_path)) as receiver:
+        ae = AE("PACS")
+        for context in AllStoragePresentationContexts[:128]:
+            ae.add_requested_context(context.abstract_syntax, list(TRANSFER_SYNTAXES[:syntaxes]))
+        assoc = ae.associate("127.0.0.1", receiver.port, ae_title="DICOMNODE")
+        assert len(assoc.accepted_contexts) == 128
+        assoc.release()
 
 
 def test_a_request_of_400_mib_is_not_read(tmp_path):
