@@ -1,5 +1,6 @@
-"""Fixtures that more than one test module needs: databases, empty or upgraded."""
+"""Fixtures that more than one test module needs: databases, and a watch for canaries."""
 
+import logging
 import os
 import pwd
 import shutil
@@ -20,6 +21,8 @@ from sqlalchemy import Engine, make_url
 
 from db import engine as engines
 from db import migrate
+from dicomnode import log
+from tests.dicom import leaks
 
 POSTGRES_START_S = 30.0
 POSTGRES_STOP_S = 15.0
@@ -34,6 +37,35 @@ POSTGRES_SETTINGS = (
 # Postgres lives as long as the pipe on stdin: should pytest be killed, the shell reads its end,
 # stops the server and clears up.
 SERVE = 'root=$1; shift; "$@" </dev/null & read -r _; kill -INT $!; wait $!; rm -rf "$root"'
+
+
+class Watch(logging.Handler):
+    """Gathers all that a node would log, as it would log it: message, `extra` and traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(log.JSONFormatter())
+        self.addFilter(log._may_pass)  # what it keeps from the libraries
+        self.leaks: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.leaks |= {f"{record.name}: {word}" for word in leaks(self.format(record))}
+
+
+@pytest.fixture(scope="session")
+def watch() -> Iterator[Watch]:
+    handler = Watch()
+    logging.getLogger().addHandler(handler)
+    yield handler
+    logging.getLogger().removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_a_patient_is_logged(watch: Watch) -> Iterator[None]:
+    """Fail the test that brought something of a patient into the log, from whichever thread."""
+    watch.leaks.clear()
+    yield
+    assert not watch.leaks, f"of a patient, in the log: {watch.leaks}"
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """DICOM objects for tests, made and never stored."""
 
+import re
 from io import BytesIO
 from typing import Any
 
@@ -8,9 +9,29 @@ from pydicom import FileMetaDataset
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-# What must not show up in any log.
+# What must not show up in any log, metric or message: canaries, that tests put into what they send.
 PATIENT_NAME = "CANARY^NAME"
 PATIENT_ID = "CANARY-ID"
+BIRTH_DATE = "18991130"
+CANARIES = {
+    "PatientName": PATIENT_NAME,
+    "PatientID": PATIENT_ID,
+    "PatientBirthDate": BIRTH_DATE,
+    "PatientAddress": "1 Canary Street",
+    "OtherPatientNames": "CANARY^OTHER",
+    "AccessionNumber": "CANARY-ACC",
+    "ReferringPhysicianName": "CANARY^REFERRER",
+    "InstitutionName": "CANARY HOSPITAL",
+    "StudyDescription": "canary study",
+    "SeriesDescription": "canary series",
+    "PatientComments": "canary comment",
+}
+_LEAK = re.compile(f"[^\\s\"']*(?:canary|{BIRTH_DATE}|1899-11-30)[^\\s\"']*", re.IGNORECASE)
+
+
+def leaks(text: str) -> set[str]:
+    """Return the words of a text that came from a patient."""
+    return set(_LEAK.findall(text))
 
 
 def ct_dataset(**overrides: Any) -> Dataset:
@@ -38,8 +59,7 @@ def ct_dataset(**overrides: Any) -> Dataset:
         "Modality": "CT",
         "Manufacturer": "made",
         "BodyPartExamined": "CHEST",
-        "PatientName": PATIENT_NAME,
-        "PatientID": PATIENT_ID,
+        **CANARIES,
         "PatientPosition": "HFS",
         "SliceThickness": "5",
         "ImagePositionPatient": ["-24", "-24", "100"],

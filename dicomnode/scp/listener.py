@@ -5,6 +5,7 @@ speak, does the TLS handshake, hands the connection to pynetdicom, and accounts 
 is over. Nothing a peer does holds up the thread that accepts.
 """
 
+import errno
 import gc
 import logging
 import secrets
@@ -33,11 +34,13 @@ BACKLOG = 512  # pynetdicom's 5 drops connections of a busy PACS
 POLL_S = 0.1  # within it the accepting thread notices that it is to stop
 COLLECT_S = 30.0
 DUL_GRACE_S = 2.0
+MAXIMUM_CONNECTING = 512  # of all addresses together
 HEAD_BYTES = 10  # the shortest PDU
 WAIT_BYTES = 1 << 15  # of a request; what TCP surely holds for us, and few requests are longer
 
 STRANGER = "address of no peer"
 TLS_FAILED = "TLS handshake failed"
+NO_HANDLES = "no file handles"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,7 +79,7 @@ class Visit:
     certificate: tls.Certificate | None
     association_id: str
     connection: PromptSocket | PromptTLSSocket
-    connecting: tuple[str, socket.socket]  # its place among those that are no association yet
+    accepted: socket.socket  # the same as it was accepted
     established: bool = False
     instances: int = 0
     bytes: int = 0
@@ -148,8 +151,8 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
         self._visits = visits
         self._thread = threading.local()
         self._lock = threading.Lock()
-        # Address -> its connections on the way to an association, oldest first.
-        self._connecting: dict[str, dict[socket.socket, socket.socket]] = {}
+        # Connections on the way to an association, oldest first: as accepted -> address, as it is.
+        self._connecting: dict[socket.socket, tuple[str, socket.socket]] = {}
         self._collected_at = time.monotonic()
         contexts = [build_context(Verification)]  # and what EVT_REQUESTED adds
         super().__init__(ae, listening.getsockname(), ae.ae_title, contexts)
@@ -167,15 +170,13 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
     @property
     def connecting(self) -> int:
         """How many connections are on the way to an association."""
-        with self._lock:
-            return sum(map(len, self._connecting.values()))
+        return len(self._connecting)
 
     def end_connecting(self) -> None:
         """Close every connection that is no association yet."""
         with self._lock:
-            for connections in self._connecting.values():
-                for connection in connections.values():
-                    shut_down(connection)
+            for _, connection in self._connecting.values():
+                shut_down(connection)
 
     # What socketserver and pynetdicom call
 
@@ -205,6 +206,17 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
             self._collected_at = time.monotonic()
             gc.collect()
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        try:
+            return self.socket.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                # It stays in the backlog: without a pause we would try again all the time.
+                self._on_refused(NO_HANDLES, "", "")
+                time.sleep(POLL_S)
+            raise
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether to give a connection a thread; else it is closed at once."""
         address = client_address[0]
@@ -216,16 +228,17 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
             self._on_refused(STRANGER, str(came.address), "")
             return False
         with self._lock:
-            connections = self._connecting.setdefault(address, {})
-            while len(connections) >= self._maximum_connecting:
-                # Who means it speaks at once: the oldest is the one most likely never to.
-                shut_down(connections.pop(next(iter(connections))))
-            connections[request] = request
+            # Who means it speaks at once: the oldest is the one most likely never to.
+            same = [r for r, (other, _) in self._connecting.items() if other == address]
+            if len(same) >= self._maximum_connecting:
+                shut_down(self._connecting.pop(same[0])[1])
+            elif len(self._connecting) >= MAXIMUM_CONNECTING:
+                shut_down(self._connecting.pop(next(iter(self._connecting)))[1])
+            self._connecting[request] = address, request
         return True
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Stay with a connection to its end; called in a thread of its own."""
-        address = client_address[0]
         deadline = time.monotonic() + self._handshake_s
         opened: socket.socket = request
         try:
@@ -233,25 +246,23 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
             # that we live ends here, without a line in the log.
             if not _requests(request, deadline):
                 return
-            came = origin(address, request.getsockname()[0])
+            came = origin(client_address[0], request.getsockname()[0])
             opened = connection = self._dress(request)
-            if not self._goes_on(address, request, connection):
+            if not self._goes_on(request, connection):
                 return
             if isinstance(connection, PromptTLSSocket):
                 if not self._shake_hands(connection, came, deadline):
                     return
             connection.settimeout(self._handshake_s)
             association_id = self._prefix + secrets.token_hex(8)[len(self._prefix) :]
-            visit = Visit(
-                came, tls.certificate_of(connection), association_id, connection, (address, request)
-            )
+            visit = Visit(came, tls.certificate_of(connection), association_id, connection, request)
             self._thread.visit, self._thread.assoc = visit, None
             super().finish_request(connection, client_address)
             self._attend(self._thread.assoc, visit, deadline)
         except OSError as exc:
             logger.debug("connection lost", extra={"reason": exc.strerror})
         finally:
-            self._leave(address, request)
+            self._leave(request)
             self.shutdown_request(opened)
 
     def shutdown_request(self, request: Any) -> None:
@@ -264,7 +275,7 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what socketserver would print."""
-        self._leave(client_address[0], request)
+        self._leave(request)
         logger.exception("connection failed", extra={"address": client_address[0]})
 
     def _dress(self, request: socket.socket) -> PromptSocket | PromptTLSSocket:
@@ -273,13 +284,12 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
             return self._endpoint.wrap(request)
         return PromptSocket(fileno=request.detach())
 
-    def _goes_on(self, address: str, request: socket.socket, connection: socket.socket) -> bool:
+    def _goes_on(self, request: socket.socket, connection: socket.socket) -> bool:
         """Note its new form; False where it had to make room for another meanwhile."""
         with self._lock:
-            connections = self._connecting.get(address, {})
-            if request not in connections:
+            if request not in self._connecting:
                 return False
-            connections[request] = connection
+            self._connecting[request] = self._connecting[request][0], connection
             return True
 
     def _shake_hands(self, connection: PromptTLSSocket, came: Origin, deadline: float) -> bool:
@@ -301,7 +311,7 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
         visit = self._visits[event.assoc]
         visit.established = True
         visit.connection.allowance = None
-        self._leave(*visit.connecting)
+        self._leave(visit.accepted)
 
     def _wake(self, event: evt.Event) -> None:
         # pynetdicom would wait on for a request that cannot come any more.
@@ -324,13 +334,10 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
             del self._visits[assoc]
             self._on_end(assoc, visit)
 
-    def _leave(self, address: str, request: socket.socket) -> None:
+    def _leave(self, accepted: socket.socket) -> None:
         """It is an association now, or never will be."""
         with self._lock:
-            connections = self._connecting.get(address, {})
-            connections.pop(request, None)
-            if not connections:
-                self._connecting.pop(address, None)
+            self._connecting.pop(accepted, None)
 
 
 def _requests(connection: socket.socket, deadline: float) -> bool:

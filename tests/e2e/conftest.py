@@ -33,7 +33,7 @@ from dicomnode.core import phantom
 from dicomnode.model import PatientKey, SeriesState
 from dicomnode.spool import Spool
 from dicomnode.store import SeriesRow
-from tests.dicom import PATIENT_ID, PATIENT_NAME
+from tests.dicom import CANARIES, PATIENT_ID, leaks
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ DEADLINE_S = 90.0
 PARTS = {"receiver": "receive", "worker": "work"}
 # Calling AE titles that the tests use; DICOMNODE is the node itself, so that it may echo itself.
 PEERS = ("TEST", "STORESCU", "DCMSEND", "ORTHANC", "DICOMNODE")
+LOGS: list[Path] = []  # of every node there was
 REAL_CT = Path(__file__).resolve().parents[3] / "shared" / "ct"
 
 
@@ -88,6 +89,7 @@ class Node:
         lost_seconds: float = 600.0,
         prefix: Sequence[str] = (),
         more_settings: str = "",
+        receivers: int = 1,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.prefix = folder, list(prefix)
@@ -95,8 +97,11 @@ class Node:
         self.database_url = database_url or f"sqlite:///{folder / 'node.sqlite'}"
         self.spool = Spool(spool or folder / "spool")
         self.config, self.log = folder / "test.toml", folder / "log"
+        self.audit_log = self.spool.path.parent / "audit.jsonl"
+        LOGS.extend((self.log, self.audit_log))
         # Loggers whose tracebacks are no fault: pynetdicom prints one when a peer hangs up.
         self.tracebacks_of: set[str] = set()
+        self._receivers = receivers
         self._quiet_seconds, self._lost_seconds = quiet_seconds, lost_seconds
         self._more_settings = more_settings  # TOML, sections that are not in `write_config`
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,6 +120,7 @@ class Node:
             f"""\
 [node]
 port = {self.port}
+receivers = {self._receivers}
 peers = [{rows}]
 [spool]
 path = "{self.spool.path}"
@@ -306,15 +312,20 @@ lost_seconds = {self._lost_seconds}
                 found.append(json.loads(line))
         return found
 
+    def audited(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of the audit log of one kind of event."""
+        lines = map(json.loads, _text(self.audit_log).splitlines())
+        return [line for line in lines if line["event"] == event]
+
     def log_text(self) -> str:
         """Return its log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def check_log(self) -> None:
-        """Fail on a patient's name or ID, or on a traceback, in the log."""
+        """Fail on something of a patient in the logs, or on a traceback."""
         text = self.log_text()
-        for canary in (PATIENT_NAME, PATIENT_ID):
-            assert canary.lower() not in text.lower(), f"{canary} is in the log {self.log}"
+        for log in (self.log, self.audit_log):
+            assert not leaks(_text(log)), f"{leaks(_text(log))} in {log}"
         for event in self.events():
             if event.get("logger") not in self.tracebacks_of:
                 assert "traceback" not in event, event["traceback"]
@@ -379,7 +390,7 @@ def environment() -> dict[str, str]:
 
 def cli(*arguments: object, cwd: Path, seconds: float = 120.0) -> subprocess.CompletedProcess:
     """Run a `dicomnode` command."""
-    return subprocess.run(
+    result = subprocess.run(
         command(*arguments),
         cwd=cwd,
         env=environment(),
@@ -387,6 +398,9 @@ def cli(*arguments: object, cwd: Path, seconds: float = 120.0) -> subprocess.Com
         text=True,
         timeout=seconds,
     )
+    # What it answers may name a patient to who asked, its messages may not.
+    assert not leaks(result.stderr), f"{arguments[0]}: {leaks(result.stderr)}"
+    return result
 
 
 def free_port() -> int:
@@ -401,6 +415,14 @@ def _sockets_are_collected() -> Iterator[None]:
     """Let go of pynetdicom's sockets within the test that says so in `filterwarnings`."""
     yield
     gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_log_holds_anything_of_a_patient() -> Iterator[None]:
+    """Search every log of every node, at the end of the run: those that were killed, too."""
+    yield
+    found = {str(log): leaks(_text(log)) for log in LOGS}
+    assert not any(found.values()), found
 
 
 # Phantoms
@@ -455,7 +477,9 @@ def scan(
             study_datetime=when,
             frame_of_reference_uid=frame,
         )
-        ds.PatientName = PATIENT_NAME
+        for keyword, value in CANARIES.items():
+            if keyword != "PatientID":
+                setattr(ds, keyword, value)
         slices.append(ds)
     return Scan(study_uid, series_uid, table_mm, tuple(slices))
 

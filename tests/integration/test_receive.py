@@ -1,3 +1,4 @@
+import gc
 import json
 import re
 import shutil
@@ -50,6 +51,13 @@ CT = (CTImageStorage, [ExplicitVRLittleEndian])
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def _sockets_are_collected() -> Iterator[None]:
+    """Let go of them within the test that passes over the warning."""
+    yield
+    gc.collect()
 
 
 def eventually(get: Callable[[], T], seconds: float = 10.0) -> T:

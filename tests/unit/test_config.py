@@ -85,9 +85,26 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path, monkeypatch):
     assert [peer.calling for peer in settings.node.peers] == [False]
 
 
+@pytest.mark.parametrize(
+    ("cores", "set_", "receivers"), [(1, 0, 1), (2, 0, 1), (4, 0, 2), (64, 0, 2), (2, 3, 3)]
+)
+def test_there_are_two_receivers_where_there_are_cores(monkeypatch, cores, set_, receivers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert config.Settings(node={"receivers": set_}).receivers == receivers
+
+
+def test_a_fingerprint_may_be_written_as_openssl_does():
+    written = ":".join(["AB"] * 32)
+    peer = config.Peer(ae_title="A", host="a", port=1, certificate_sha256=[written])
+    assert peer.certificate_sha256 == ("ab" * 32,)
+
+
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         config.load(None).node.port = 1
+
+
+PEER = '[node]\npeers = [{ ae_title = "PACS", host = "pacs", port = 104, %s }]'
 
 
 @pytest.mark.parametrize(
@@ -108,6 +125,16 @@ def test_settings_do_not_change():
             '{ ae_title = "A", host = "b", port = 2 }]',
             "node.peers: two peers have the AE title A",
         ),
+        (
+            PEER % 'addresses = ["10.0.0.1/24"]',
+            "node.peers.0.addresses.0: 10.0.0.1/24 has host bits",
+        ),
+        (PEER % 'addresses = ["pacs"]', "node.peers.0.addresses.0"),
+        (PEER % 'certificate_sha256 = ["ab"]', "node.peers.0.certificate_sha256.0"),
+        (PEER % "maximum_associations = 0", "node.peers.0.maximum_associations"),
+        ("[node]\nreceivers = 17", "node.receivers"),
+        ("[node]\nhandshake_seconds = 0", "node.handshake_seconds"),
+        ("[tls]\ncert = 1", "tls.cert: no such setting"),
         ("[spool]\nreserve_bytes = -1", "spool.reserve_bytes"),
         ('[score]\ndevice = "tpu"', "score.device"),
         ("[score]\nbatch = 0", "score.batch"),

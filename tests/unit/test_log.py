@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from dicomnode.log import Seldom
+
 # In a process of its own, since `setup` takes over the root logger, which belongs to pytest here.
 PROGRAM = """
 import logging, warnings
@@ -25,6 +27,20 @@ ds = pydicom.Dataset()
 ds.PatientBirthDate = "CANARY"
 warnings.warn("a warning")
 """
+
+
+def test_what_a_stranger_can_cause_is_told_seldom(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("dicomnode.log.time.monotonic", lambda: now[0])
+    seldom = Seldom(600.0, keys=3)
+    assert [seldom.due("a") for _ in range(5)] == [1, 0, 0, 0, 0]
+    assert seldom.due("b") == 1
+    now[0] += 600.0
+    assert seldom.due("a") == 5  # four that were not told, and this one
+    assert seldom.due("a") == 0
+    for key in ("c", "d", "e"):  # no more keys than so many are kept
+        assert seldom.due(key) == 1
+    assert seldom.due("a") == 1
 
 
 def stderr_of(level: str, json: bool) -> str:
