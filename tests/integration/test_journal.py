@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from dicomnode.cli import main
 from dicomnode.errors import CorruptObject, SpoolFull
 from dicomnode.model import Reason, SpooledEvent, SpooledInstance
 from dicomnode.spool import Spool, journal, segment
@@ -750,6 +753,47 @@ def test_a_fork_writes_to_a_slot_of_its_own(tmp_path):
     spool = Spool(tmp_path)
     assert sorted(everything(spool), key=str) == [b"before", b"child", b"parent"]
     assert {place(entry).slot for entry in spool.pending(10)} == {0, 1}
+
+
+# What an operator sees
+
+
+def shown(spool: Spool, *options: str) -> str:
+    config = spool.path / "node.toml"
+    config.write_text(f'[spool]\npath = "{spool.path}"\n')
+    result = CliRunner().invoke(main, ["spool", "--config", str(config), *options])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_shows_what_waits_and_changes_nothing(small):
+    put = [small.put(page(n), A) for n in range(10)]
+    small.remove(put[0], *put[7:9])
+    files = Spool(small.path, durability="file")
+    files.put(b"12345", B)
+    files.quarantine(files.put(b"123", B), Reason.CORRUPT)
+    before = sorted(small.path.rglob("*"))
+    slot, incoming, quarantine = json.loads(shown(small, "--json"))
+    assert slot["name"] == "journal/000000" and slot["has_writer"]
+    assert (slot["waiting"], slot["waiting_bytes"]) == (7, 7 * len(page(0)))
+    assert slot["oldest"] == put[1].arrived_at.isoformat()
+    assert slot["segments"] in (2, 3) and slot["damaged"] == 0
+    assert (incoming["waiting"], incoming["waiting_bytes"]) == (1, 5)
+    assert (quarantine["waiting"], quarantine["waiting_bytes"]) == (1, 3)
+    (small.path / "node.toml").unlink()
+    assert sorted(small.path.rglob("*")) == before
+    small.close()
+    table = shown(small).splitlines()
+    assert table[1].split()[:2] == ["journal/000000", "no"]
+    assert len(table) == 4
+
+
+def test_the_command_asks_for_a_spool_that_is_there(tmp_path):
+    spool = Spool(tmp_path)
+    config = tmp_path / "node.toml"
+    config.write_text(f'[spool]\npath = "{spool.path / "none"}"\n')
+    result = CliRunner().invoke(main, ["spool", "--config", str(config)])
+    assert result.exit_code == 2 and "no such folder" in result.output
 
 
 # The bell
