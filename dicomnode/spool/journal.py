@@ -27,7 +27,7 @@ SEGMENT, FREE, NEW, DONE, DAMAGED = ".seg", ".free", ".new", ".done", ".damaged"
 FREE_SEGMENTS = 4  # kept for use again in each slot; more go when a backlog was worked off
 # Events may go into the reserve, in a segment no larger than this.
 EVENT_SEGMENT_BYTES = 16 * PAGE
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOTHING = bytes(PAGE)
 
 
@@ -316,7 +316,7 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return self._make(number, size)
             except OSError as exc:
-                if exc.errno not in _FULL or size == least:
+                if exc.errno not in FULL or size == least:
                     raise
             size = max(size // 2 // PAGE * PAGE, least)
 

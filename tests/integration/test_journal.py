@@ -463,6 +463,21 @@ def test_no_new_segment_is_a_refusal(tmp_path, error):
     assert spool.pending(100) == put
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_on_a_full_disk_an_event_is_an_empty_file(tmp_path, error):
+    class Full(Disk):
+        def allocate(self, fd, size):
+            raise OSError(error, os.strerror(error))
+
+    spool = Spool(tmp_path, disk=Full())
+    with pytest.raises(SpoolFull, match=os.strerror(error)):
+        spool.put(b"x", A)
+    put = spool.put_event(A, "aborted")
+    assert spool.pending(10) == [put]
+    assert [path.name for path in (tmp_path / "incoming").iterdir()] == [put.name]
+    assert names_of(spool, "*[0-9]*") == []
+
+
 def test_a_segment_that_cannot_be_used_again_is_given_up(tmp_path):
     class Bad(Disk):
         bad: int | None = None
