@@ -102,6 +102,13 @@ class PowerCut(Disk):
         self._files: dict[Path, int] = {}
         self._opened: dict[int, int] = {}  # inode -> file
         self._count = 0
+        for path in sorted(root.rglob("*")):  # what is there is taken to be safe
+            if path.is_file():
+                self._count += 1
+                self._files[path] = self._opened[path.stat().st_ino] = self._count
+                data = path.read_bytes()
+                self._steps.append(_Step("create", self._count, path, until=-1))
+                self._steps.append(_Step("write", self._count, data=data, until=-1))
 
     @property
     def now(self) -> int:
