@@ -51,6 +51,10 @@ class Disk:
         """Bring what was written to a file before this call to stable storage."""
         os.fdatasync(fd)
 
+    def sync_whole(self, fd: int) -> None:
+        """Bring a file to stable storage with all that is known of it."""
+        os.fsync(fd)
+
     def rename(self, source: Path, target: Path) -> None:
         """Give a file another name; until `sync_directory` it may have either."""
         os.replace(source, target)

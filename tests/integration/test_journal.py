@@ -872,3 +872,15 @@ def test_without_pipes_the_worker_looks_in_small_steps(tmp_path, monkeypatch):
         assert time.monotonic() - begun < 15
         put = spool.put(b"", A)
         assert spool.pending(1) == [put]
+
+
+def test_the_benchmark_gives_ratios_of_both_ways(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.spool", "--quick", "--json", "--folder", tmp_path]
+    result = subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
+    figures = json.loads(result.stdout)
+    assert [(row["way"], row["senders"]) for row in figures["rows"]] == [
+        (way, senders) for senders in (1, 4, 8) for way in ("journal", "file")
+    ]
+    assert {row["syncs"] for row in figures["rows"] if row["way"] == "file"} == {2.0}
+    assert figures["ratios"]["syncs_8"] < figures["ratios"]["syncs_1"] <= 0.6
+    assert list(tmp_path.iterdir()) == []
