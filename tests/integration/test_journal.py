@@ -151,6 +151,34 @@ def test_a_record_larger_than_a_segment_has_one_of_its_own(small):
     assert small.pending(10) == put[3:]
 
 
+@pytest.mark.parametrize("flip", [None, 0, 2_500_000])
+def test_a_large_record_is_looked_at_whole_after_a_restart(small, flip):
+    data = random.Random(0).randbytes(2_500_001)
+    put = small.put(data, A)
+    after = [small.put_event(A, "released"), small.put(page(0), A)]
+    small.close()
+    if flip is not None:
+        overwrite(file_of(small, put), place(put).offset + flip, bytes([data[flip] ^ 1]))
+    reader = Spool(small.path)
+    if flip is None:
+        assert reader.pending(10) == [put, *after]
+        assert bytes(reader.read(put)) == data
+    else:  # a segment of its own holds nothing that could tell it from one that was cut off
+        assert reader.pending(10) == after
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_preallocate_will_do(tmp_path, monkeypatch, error):
+    def posix_fallocate(fd, offset, size):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+    spool = Spool(tmp_path, segment_bytes=SMALL)
+    put = [spool.put(page(n), A) for n in range(20)]
+    assert Spool(tmp_path).pending(100) == put
+    assert file_of(spool, put[0]).stat().st_size == SMALL
+
+
 @pytest.mark.parametrize("length", [0, 1, PAGE - RECORD_BYTES, PAGE - RECORD_BYTES + 1])
 def test_a_record_takes_whole_pages(small, length):
     put = [small.put(bytes(length), A), small.put(b"next", A)]
