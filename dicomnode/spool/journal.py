@@ -27,7 +27,7 @@ SEGMENT, FREE, NEW, DONE, DAMAGED = ".seg", ".free", ".new", ".done", ".damaged"
 FREE_SEGMENTS = 4  # kept for use again in each slot; more go when a backlog was worked off
 # Events may go into the reserve, in a segment no larger than this.
 EVENT_SEGMENT_BYTES = 16 * PAGE
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOTHING = bytes(PAGE)
 
 
@@ -75,7 +75,7 @@ class Journal:
 
     def __init__(self, root: Path, disk: Disk, segment_bytes: int, reserve_bytes: int) -> None:
         self._disk, self._reserve_bytes = disk, reserve_bytes
-        self._segment_bytes = max(segment_bytes // PAGE, 2) * PAGE
+        self._segment_bytes = max(segment_bytes // PAGE, 3) * PAGE
         self._append = threading.Lock()
         self._state = threading.Condition()
         self._current: _Segment | None = None
@@ -84,6 +84,7 @@ class Journal:
         self.slot, self.path, self._lock_fd = _take_slot(root, disk)
         try:
             numbers = [number_of(path) for path in self.path.iterdir() if path.suffix != DONE]
+            self._tidy()
             # No number comes twice, even where all that had one are gone.
             self._number = max([*numbers, time.time_ns() // 1_000_000])
             self._time_ns = _last_time(self.path)
@@ -146,8 +147,7 @@ class Journal:
             self._drop_ahead()
             with self._state:
                 self._state.wait_for(lambda: not any(seg.users for seg in self._open))
-            if self._current is not None:
-                self._end(self._current)
+            self._retire()
             close(self._lock_fd)
             self._lock_fd = -1
 
@@ -155,6 +155,13 @@ class Journal:
         """Close what was inherited from another process, and leave the slot to it."""
         for fd in [self._lock_fd, *(seg.fd for seg in self._open)]:
             close(fd)
+
+    def _tidy(self) -> None:
+        """Remove what the writer before left half made."""
+        for path in self.path.iterdir():
+            is_made = path.with_suffix(SEGMENT).exists()
+            if path.suffix == NEW or (path.suffix == DONE and not is_made):
+                self._disk.unlink(path)
 
     # The sync
 
@@ -181,11 +188,11 @@ class Journal:
             # What the kernel holds of it now is anybody's guess: no second sync can tell.
             self._poison(seg, exc)
             raise
+        else:
+            seg.synced = upto
         finally:
             with self._state:
                 seg.syncing = False
-                if seg.failed is None:
-                    seg.synced = upto
                 self._state.notify_all()
 
     def _poison(self, seg: _Segment, exc: BaseException) -> None:
@@ -199,23 +206,23 @@ class Journal:
         seg = self._current
         if seg is not None and seg.failed is None and os.fstat(seg.fd).st_nlink == 0:
             self._poison(seg, FileNotFoundError(errno.ENOENT, "the segment was removed"))
-        if seg is not None and seg.failed is None and seg.offset + size <= seg.header.size:
+        if seg is not None and seg.failed is None and seg.offset + size + PAGE <= seg.header.size:
             return seg
         ahead = self._take_ahead()
-        if ahead is not None and size > ahead.header.size - PAGE:
+        if ahead is not None and size + 2 * PAGE > ahead.header.size:
             # Records are read in the order of their segments' numbers, so it cannot wait.
             self._discard(ahead)
             ahead = None
         if ahead is None:
             try:
-                ahead = self._prepare(self._next_number(), size + PAGE, is_event)
+                ahead = self._prepare(self._next_number(), size + 2 * PAGE, is_event)
             except OSError:
                 if seg is None or not self._is_done(seg):
                     raise
                 self._retire()  # its room is enough, perhaps
                 self._disk.unlink(seg.path)
                 self._disk.unlink(seg.path.with_suffix(DONE))
-                ahead = self._prepare(self._next_number(), size + PAGE, is_event)
+                ahead = self._prepare(self._next_number(), size + 2 * PAGE, is_event)
         self._retire()
         self._current = ahead
         return ahead
@@ -229,16 +236,6 @@ class Journal:
         except OSError:
             return False
 
-    def _end(self, seg: _Segment) -> None:
-        """Say that nothing follows in a segment; the worker finds out anyway, only later."""
-        if seg.failed is None and seg.offset + PAGE <= seg.header.size:
-            end = Record(
-                segment.END, "0" * 16, self._time_ns, 0, seg.synced, seg.index, 0, seg.offset
-            )
-            with contextlib.suppress(OSError):
-                self._disk.write(seg.fd, [end.pack(seg.header.nonce)], seg.offset)
-        self._retire()
-
     def _retire(self) -> None:
         seg, self._current = self._current, None
         if seg is not None:
@@ -248,9 +245,18 @@ class Journal:
 
     def _let_go(self, seg: _Segment) -> None:
         if seg.retired and not seg.users and seg in self._open:
+            if seg.failed is None and seg.synced >= seg.offset:
+                self._end(seg)
             self._open.discard(seg)
             close(seg.fd)
         self._state.notify_all()
+
+    def _end(self, seg: _Segment) -> None:
+        """Say that nothing follows in a segment, and that all in it was on stable storage."""
+        end = Record(segment.END, "0" * 16, self._time_ns, 0, seg.synced, seg.index, 0, seg.offset)
+        page = [end.pack(seg.header.nonce), _NOTHING[RECORD_BYTES:]]
+        with contextlib.suppress(OSError):  # a reader finds out without it, only later
+            self._disk.write(seg.fd, page, seg.offset)
 
     def _next_number(self) -> int:
         self._number += 1
@@ -262,10 +268,12 @@ class Journal:
 
         def prepare() -> None:
             with contextlib.suppress(OSError):  # who needs it tries again, and is told
-                ahead.made.append(self._prepare(number, 2 * PAGE, False))
+                ahead.made.append(self._prepare(number, 3 * PAGE, False))
 
-        ahead = self._ahead = _Ahead(threading.Thread(target=prepare, name="segment", daemon=True))
-        ahead.thread.start()
+        ahead = _Ahead(threading.Thread(target=prepare, name="segment", daemon=True))
+        with contextlib.suppress(RuntimeError):  # no more threads: then it is made when needed
+            ahead.thread.start()
+            self._ahead = ahead
 
     def _take_ahead(self) -> _Segment | None:
         ahead, self._ahead = self._ahead, None
@@ -306,7 +314,7 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return self._make(number, size)
             except OSError as exc:
-                if exc.errno not in _FULL or size == least:
+                if exc.errno not in FULL or size == least:
                     raise
             size = max(size // 2 // PAGE * PAGE, least)
 
@@ -337,7 +345,14 @@ class Journal:
         except FileNotFoundError:  # the worker needed the room
             return None
         try:
-            if os.fstat(fd).st_size == self._segment_bytes:
+            file = os.fstat(fd)
+            with self._state:
+                # Dealt with before all who put it were answered: its end is still to be written.
+                is_open = any(os.fstat(seg.fd).st_ino == file.st_ino for seg in self._open)
+            if is_open:
+                close(fd)
+                return None
+            if file.st_size == self._segment_bytes:
                 with contextlib.suppress(OSError):
                     self._make_done(path, number, self._segment_bytes)
                 return self._begin(fd, path, number, self._segment_bytes)
