@@ -93,7 +93,7 @@ class Node:
         self.folder, self.prefix = folder, list(prefix)
         self.port = port or free_port()
         self.database_url = database_url or f"sqlite:///{folder / 'node.sqlite'}"
-        self.spool = Spool(spool or folder / "spool")
+        self._spool_path = spool or folder / "spool"
         self.config, self.log = folder / "test.toml", folder / "log"
         # Loggers whose tracebacks are no fault: pynetdicom prints one when a peer hangs up.
         self.tracebacks_of: set[str] = set()
@@ -250,6 +250,18 @@ lost_seconds = {self._lost_seconds}
     def engine(self) -> Engine:
         """The node's database, for a look from outside."""
         return self._resources.enter_context(store.opened(self.database_url, checked=False))
+
+    @functools.cached_property
+    def spool(self) -> Spool:
+        """The node's spool, for a look from outside."""
+        return Spool(self._spool_path)
+
+    def let_go(self) -> None:
+        """Hold no file of the node open, until it is looked at again."""
+        self.engine.dispose()
+        spool = self.__dict__.pop("spool", None)
+        with contextlib.suppress(AttributeError):  # a spool that keeps nothing open has no `close`
+            spool.close()
 
     def series(self, **filters: Any) -> list[SeriesRow]:
         """Return the Series the node knows, newest arrival first."""

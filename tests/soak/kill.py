@@ -215,7 +215,7 @@ def _kill(node: Node, part: str, rng: random.Random, disk: Disk | None) -> None:
     else:
         if part == "power":
             assert disk is not None, "power is cut of a disk"
-            node.engine.dispose()
+            node.let_go()
             disk.cut()
         left = [*node.processes("receiver"), *node.processes("worker")]
         node.kill("supervisor")
