@@ -223,6 +223,7 @@ def _kill(node: Node, part: str, rng: random.Random, disk: Disk | None) -> None:
         if part == "power":
             assert disk is not None
             disk.restore()
+            node.put_log_aside()
 
 
 def _judge(
