@@ -133,6 +133,7 @@ def run(
                 for share in made.shares(rng, ASSOCIATIONS):
                     load.put(share)
             _wait_for_the_moment(load, part, rng)
+            began_to_kill = time.monotonic()
             _kill(node, part, rng, disk)
             result.kills[part] += 1
             say(f"{result.kills.total()}: {part}, {len(load.acknowledged)} acknowledged")
@@ -142,6 +143,8 @@ def run(
             if not node.running:
                 deaths.clear()
                 node.start(wait=False)
+            if part == "power":
+                load.doubt(began_to_kill)
         load.finish()
     except BaseException:
         node.close()
