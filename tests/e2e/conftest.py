@@ -95,7 +95,7 @@ class Node:
         self.folder, self.prefix = folder, list(prefix)
         self.port = port or free_port()
         self.database_url = database_url or f"sqlite:///{folder / 'node.sqlite'}"
-        self.spool = Spool(spool or folder / "spool")
+        self._spool_path = spool or folder / "spool"
         self.config, self.log = folder / "test.toml", folder / "log"
         self.audit_log = self.spool.path.parent / "audit.jsonl"
         LOGS.extend((self.log, self.audit_log))
@@ -257,6 +257,18 @@ lost_seconds = {self._lost_seconds}
         """The node's database, for a look from outside."""
         return self._resources.enter_context(store.opened(self.database_url, checked=False))
 
+    @functools.cached_property
+    def spool(self) -> Spool:
+        """The node's spool, for a look from outside."""
+        return Spool(self._spool_path)
+
+    def let_go(self) -> None:
+        """Hold no file of the node open, until it is looked at again."""
+        self.engine.dispose()
+        spool = self.__dict__.pop("spool", None)
+        with contextlib.suppress(AttributeError):  # a spool that keeps nothing open has no `close`
+            spool.close()
+
     def series(self, **filters: Any) -> list[SeriesRow]:
         """Return the Series the node knows, newest arrival first."""
         with store.reading(self.engine) as session:
@@ -321,11 +333,19 @@ lost_seconds = {self._lost_seconds}
         """Return its log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def check_log(self) -> None:
-        """Fail on something of a patient in the logs, or on a traceback."""
-        text = self.log_text()
+    def put_log_aside(self) -> None:
+        """Begin a new log: what went wrong when the disk died under a node is no fault of it."""
+        self._check_canaries()
+        self.log.rename(self.log.with_name(f"log-{time.time_ns()}"))
+
+    def _check_canaries(self) -> None:
         for log in (self.log, self.audit_log):
             assert not leaks(_text(log)), f"{leaks(_text(log))} in {log}"
+
+    def check_log(self) -> None:
+        """Fail on something of a patient in the logs, or on a traceback."""
+        self._check_canaries()
+        text = self.log_text()
         for event in self.events():
             if event.get("logger") not in self.tracebacks_of:
                 assert "traceback" not in event, event["traceback"]

@@ -133,6 +133,7 @@ def run(
                 for share in made.shares(rng, ASSOCIATIONS):
                     load.put(share)
             _wait_for_the_moment(load, part, rng)
+            began_to_kill = time.monotonic()
             _kill(node, part, rng, disk)
             result.kills[part] += 1
             say(f"{result.kills.total()}: {part}, {len(load.acknowledged)} acknowledged")
@@ -142,6 +143,8 @@ def run(
             if not node.running:
                 deaths.clear()
                 node.start(wait=False)
+            if part == "power":
+                load.doubt(began_to_kill)
         load.finish()
     except BaseException:
         node.close()
@@ -215,7 +218,7 @@ def _kill(node: Node, part: str, rng: random.Random, disk: Disk | None) -> None:
     else:
         if part == "power":
             assert disk is not None, "power is cut of a disk"
-            node.engine.dispose()
+            node.let_go()
             disk.cut()
         left = [*node.processes("receiver"), *node.processes("worker")]
         node.kill("supervisor")
@@ -223,6 +226,7 @@ def _kill(node: Node, part: str, rng: random.Random, disk: Disk | None) -> None:
         if part == "power":
             assert disk is not None
             disk.restore()
+            node.put_log_aside()
 
 
 def _judge(

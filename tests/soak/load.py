@@ -31,6 +31,7 @@ class Load:
         self.again = 0  # slices that were sent again, since no answer came
         self._port, self._deadline_s = port, deadline_s
         self._given = 0
+        self._taken: dict[str, tuple[float, Dataset]] = {}  # when, `time.monotonic`
         self._shares: deque[list[Dataset]] = deque()
         self._changed = threading.Condition()
         self._closed = self._given_up = False
@@ -39,15 +40,26 @@ class Load:
 
     def put(self, share: Sequence[Dataset]) -> None:
         """Have some slices sent over an association of their own."""
+        self._given += len(share)
+        self._queue(share)
+
+    def _queue(self, share: Sequence[Dataset]) -> None:
         with self._changed:
             self._shares.append(list(share))
-            self._given += len(share)
             self._changed.notify()
 
     @property
     def waiting(self) -> int:
         """Slices that were not acknowledged yet."""
         return self._given - len(self.acknowledged)
+
+    def doubt(self, since: float) -> None:
+        """Send again what was acknowledged since a moment, of `time.monotonic`."""
+        doubtful = [ds for at, ds in list(self._taken.values()) if at >= since]
+        if doubtful:
+            self.acknowledged -= {str(ds.SOPInstanceUID) for ds in doubtful}
+            self.again += len(doubtful)
+            self._queue(doubtful)
 
     def check(self) -> None:
         """Raise what a sender raised, should one have failed."""
@@ -94,7 +106,9 @@ class Load:
                         self.again += 1
                         break
                     if status == 0x0000:
-                        self.acknowledged.add(str(waiting.pop().SOPInstanceUID))
+                        ds = waiting.pop()
+                        self._taken[str(ds.SOPInstanceUID)] = (time.monotonic(), ds)
+                        self.acknowledged.add(str(ds.SOPInstanceUID))
                     else:
                         self.refused.append(status)
                         break
