@@ -69,6 +69,7 @@ class Taken:
 
     instances: int
     until: datetime | None  # arrival of the newest entry dealt with; None: the spool is empty
+    last: bool = False  # whether nothing more waited behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class ScoreStage:
             self._ahead = ahead
         else:
             self._in_flight.unlink(missing_ok=True)
-        return Taken(len(batch.entries), batch.entries[-1].arrived_at)
+        return Taken(len(batch.entries), batch.entries[-1].arrived_at, not waiting)
 
     def _first(self, waiting: list[Entry]) -> Batch:
         """Return the oldest Instances, up to the next event, as a batch."""

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -65,12 +65,19 @@ def end_lost_associations(session: Session, now: datetime, after: timedelta) -> 
     One whose last slice lies further in the future than that stems from before the clock was
     set back.
     """
+    session.execute(update(schema.Arrival).where(_is_lost(now, after)).values(ended="lost"))
+
+
+def has_lost_associations(session: Session, now: datetime, after: timedelta) -> bool:
+    """Whether `end_lost_associations` would find one."""
+    query = select(schema.Arrival.series_id).where(_is_lost(now, after)).limit(1)
+    return session.scalar(query) is not None
+
+
+def _is_lost(now: datetime, after: timedelta) -> ColumnElement[bool]:
     last_at = schema.Arrival.last_at
-    session.execute(
-        update(schema.Arrival)
-        .where(schema.Arrival.ended.is_(None), or_(last_at < now - after, last_at > now + after))
-        .values(ended="lost")
-    )
+    silent = or_(last_at < now - after, last_at > now + after)
+    return and_(schema.Arrival.ended.is_(None), silent)
 
 
 def record_quarantined(
@@ -113,6 +120,14 @@ def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evid
         return None
     lost = any(end != "released" for end in series.ends)
     return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
+
+
+def quiet_at(series: OpenSeries, quiet: timedelta) -> datetime | None:
+    """Return when a Series will have been quiet for long enough, should nothing more arrive.
+
+    None while an association that carried it goes on.
+    """
+    return None if None in series.ends else series.last_arrival_at + quiet
 
 
 def claim_series(session: Session, series_id: int) -> Claimed | None:

@@ -247,7 +247,7 @@ def test_no_more_than_a_batch_is_taken_at_a_time(spool, node, stage):
     assert stage.step() == Taken(BATCH, arrived[BATCH - 1])
     assert received(node) == {SERIES: BATCH}
     assert len(spool.pending(100)) == 12 - BATCH
-    assert stage.step() == Taken(12 - BATCH, arrived[-1])
+    assert stage.step() == Taken(12 - BATCH, arrived[-1], last=True)
     assert stage.step() == Taken(0, None)
 
 
