@@ -126,6 +126,27 @@ def test_a_narrowed_network_keeps_its_ends_wide(kind):
     torch.testing.assert_close(score, wide, rtol=0.05, atol=0.05)
 
 
+@on_every_device
+def test_what_cannot_be_captured_runs_as_it_is(on, caplog):
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return x * float(x.sum())  # the host wants to know: no graph holds that
+
+    x = torch.ones(4, device=on)
+    assert device.captured(work, x)(x).tolist() == [4.0] * 4
+    assert "kernels not captured" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_captured_work_gives_what_the_work_does():
+    x = torch.arange(8.0, device="cuda").reshape(2, 4)
+    twice = device.captured(lambda x: 2 * x, torch.zeros_like(x))
+    assert torch.equal(twice(x), 2 * x)
+    first = twice(x)
+    twice(x + 1)
+    assert torch.equal(first, 2 * x), "a result is its caller's own"
+
+
 # Which dtype
 
 
