@@ -329,6 +329,25 @@ def regions(model: Path | None, config: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@_config_option
+@_json_option
+def spool(config: Path | None, as_json: bool) -> None:
+    """Show what waits in the spool, slot by slot of the journal, and since when; changes nothing.
+
+    \b
+    Example:  dicomnode spool --json
+    """
+    from dicomnode import present
+    from dicomnode.spool.survey import survey
+
+    parts = survey(configuration.load(_config_path(config)).spool.path)
+    if as_json:
+        _print_json([present.spool_json(part) for part in parts])
+    else:
+        _console().print(present.spool_table(parts))
+
+
+@main.command()
 @click.option("--patient", help="Patient ID.")
 @click.option("--study", help="Study Instance UID.")
 @click.option("--state", type=click.Choice([s.value for s in SeriesState]))

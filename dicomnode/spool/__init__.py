@@ -22,7 +22,7 @@ from dicomnode.spool.bell import Bell
 from dicomnode.spool.disk import Bytes, Disk, close
 from dicomnode.spool.folder import Folder
 from dicomnode.spool.follow import Follower
-from dicomnode.spool.journal import Journal, Place
+from dicomnode.spool.journal import FULL, Journal, Place
 from dicomnode.spool.names import EVENT_KINDS, NAME, Entry
 
 Durability = Literal["journal", "file"]
@@ -220,18 +220,26 @@ class Spool:
         if not NAME.fullmatch(f"{0:020d}-{0:06d}-{association_id}.{kind}"):
             raise ValueError(f"no association id: {association_id!r}")
         with self._refusals():
-            writer = self._folder if self.durability == "file" else self._open_journal()
-            if size is not None:
-                # Asked of the folder itself: one that was moved or removed takes nothing.
-                free = self._disk.free_bytes(writer.path)
-                if free - size < self.reserve_bytes:
-                    raise SpoolFull(
-                        f"{size} bytes more would leave less than {self.reserve_bytes} bytes "
-                        f"free in {self.path}"
-                    )
-            entry = writer.put(parts, association_id, kind)
+            try:
+                writer = self._folder if self.durability == "file" else self._open_journal()
+                if size is not None:
+                    self._keep_reserve(writer.path, size)
+                entry = writer.put(parts, association_id, kind)
+            except OSError as exc:
+                # Without a byte left, an empty file often still finds a place.
+                if size is not None or exc.errno not in FULL:
+                    raise
+                entry = self._folder.put(parts, association_id, kind)
         self._bell.ring()
         return entry
+
+    def _keep_reserve(self, path: Path, size: int) -> None:
+        # Asked of the folder itself: one that was moved or removed takes nothing.
+        if self._disk.free_bytes(path) - size < self.reserve_bytes:
+            raise SpoolFull(
+                f"{size} bytes more would leave less than {self.reserve_bytes} bytes "
+                f"free in {self.path}"
+            )
 
     def _open_journal(self) -> Journal:
         with self._opening:

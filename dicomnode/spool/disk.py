@@ -5,6 +5,7 @@ it, and lays out what a cut at any moment may leave behind.
 """
 
 import contextlib
+import errno
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ Bytes = bytes | bytearray | memoryview
 
 SECTOR = 512
 _IOV_MAX = 1024  # Linux: buffers in one pwritev
+_ZEROS = bytes(1 << 20)
 
 
 class Disk:
@@ -34,7 +36,15 @@ class Disk:
 
     def allocate(self, fd: int, size: int) -> None:
         """Give a file its size, and the blocks for it."""
-        os.posix_fallocate(fd, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(fd, 0, size)
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        for start in range(0, size, len(_ZEROS)):  # macOS, and file systems that cannot
+            Disk.write(self, fd, [_ZEROS[: size - start]], start)
 
     def write(self, fd: int, parts: Sequence[Bytes], offset: int) -> None:
         """Write all of the parts, one behind the other; until `sync` they may be lost."""
@@ -49,7 +59,11 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         """Bring what was written to a file before this call to stable storage."""
-        os.fdatasync(fd)
+        getattr(os, "fdatasync", os.fsync)(fd)  # macOS has none
+
+    def sync_whole(self, fd: int) -> None:
+        """Bring a file to stable storage with all that is known of it."""
+        os.fsync(fd)
 
     def rename(self, source: Path, target: Path) -> None:
         """Give a file another name; until `sync_directory` it may have either."""
@@ -102,6 +116,13 @@ class PowerCut(Disk):
         self._files: dict[Path, int] = {}
         self._opened: dict[int, int] = {}  # inode -> file
         self._count = 0
+        for path in sorted(root.rglob("*")):  # what is there is taken to be safe
+            if path.is_file():
+                self._count += 1
+                self._files[path] = self._opened[path.stat().st_ino] = self._count
+                data = path.read_bytes()
+                self._steps.append(_Step("create", self._count, path, until=-1))
+                self._steps.append(_Step("write", self._count, data=data, until=-1))
 
     @property
     def now(self) -> int:

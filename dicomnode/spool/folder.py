@@ -39,7 +39,7 @@ class Folder:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.writelines(parts)
                 file.flush()
-                os.fsync(file.fileno())
+                self._disk.sync_whole(file.fileno())
                 os.replace(part, final)
             self._disk.sync_directory(self.path)
         except BaseException:

@@ -123,10 +123,13 @@ class _Segment:
 
     def close(self) -> None:
         """Let go of descriptors; views that were handed out stay."""
-        close(self.fd)
-        if self.done_fd >= 0:
-            close(self.done_fd)
+        for fd in (self.fd, self.done_fd):
+            if fd >= 0:
+                close(fd)
+        self.fd = self.done_fd = -1
         self.view = None
+
+    __del__ = close
 
     def _open_done(self, flags: int) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -146,6 +149,7 @@ class _Slot:
         self._segments: dict[int, _Segment] = {}
         self._old: set[int] | None = None  # what was there at the first look
         self._tried_at = -_LOOK_S
+        self._abandoned = 0  # no segment up to this number has a writer
 
     def waiting(self, limit: int) -> list[Entry]:
         """Return the oldest entries, `limit` at most, in the order they were written in."""
@@ -168,6 +172,8 @@ class _Slot:
             found += itertools.islice(seg.entries.values(), limit - len(found))
             if len(found) == limit:
                 break
+        if self._free and not self._numbers:
+            self._leave_if_abandoned()
         return found
 
     def open(self, number: int) -> _Segment | None:
@@ -193,6 +199,7 @@ class _Slot:
             header = replace(header, number=number, size=size)
             seg = _Segment(path, self.number, fd, header, is_old)
             seg.time_ns = header.created_ns
+            self._note_abandoned(seg)
             self._segments[number] = seg
         return self._segments[number]
 
@@ -225,7 +232,7 @@ class _Slot:
         if self._old is None:
             self._old = set(self._numbers)
         for number in set(self._segments) - set(self._numbers):
-            self._segments.pop(number).close()
+            del self._segments[number]  # closed when nobody uses it any more
 
     def _read_on(self, seg: _Segment, limit: int) -> None:
         while len(seg.entries) < limit and not seg.is_read:
@@ -297,13 +304,17 @@ class _Slot:
     def _has_ended(self, seg: _Segment) -> bool:
         self.look()
         number = seg.header.number
-        for later in self._numbers[self._numbers.index(number) + 1 :]:
+        for later in [n for n in self._numbers if n > number]:
             following = self.open(later)
             if following is not None and (
                 following.offset > PAGE
                 or segment.read_record(following.fd, PAGE, following.header) is not None
             ):
                 return True  # its writer went on: it writes to one segment at a time
+        return self._leave_if_abandoned()
+
+    def _leave_if_abandoned(self) -> bool:
+        """Whether no process writes to this slot; then what was kept for its use goes."""
         now = time.monotonic()
         if now - self._tried_at < _LOOK_S:
             return False
@@ -313,20 +324,21 @@ class _Slot:
             return False
         try:  # no writer; and the next one will begin a segment of its own
             self.look(again=True)
-            for path in self._free:
+            unused, self._free = [*self._free, *self.path.glob(f"*{NEW}")], []
+            for path in unused:
                 with contextlib.suppress(OSError):
                     self._disk.unlink(path)
-            for path in self.path.glob(f"*{NEW}"):
-                with contextlib.suppress(OSError):
-                    self._disk.unlink(path)
-            for other in self._numbers:
-                opened = self.open(other)
-                if opened is not None:
-                    opened.is_ended = True
-                    opened.header = replace(opened.header, recyclable=False)
+            self._abandoned = max(self._numbers, default=0)
         finally:
             close(lock)
+        for seg in self._segments.values():
+            self._note_abandoned(seg)
         return True
+
+    def _note_abandoned(self, seg: _Segment) -> None:
+        if seg.header.number <= self._abandoned:
+            seg.is_ended = True
+            seg.header = replace(seg.header, recyclable=False)
 
     def _free_segment(self, seg: _Segment) -> None:
         number = seg.header.number

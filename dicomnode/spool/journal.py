@@ -27,7 +27,7 @@ SEGMENT, FREE, NEW, DONE, DAMAGED = ".seg", ".free", ".new", ".done", ".damaged"
 FREE_SEGMENTS = 4  # kept for use again in each slot; more go when a backlog was worked off
 # Events may go into the reserve, in a segment no larger than this.
 EVENT_SEGMENT_BYTES = 16 * PAGE
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOTHING = bytes(PAGE)
 
 
@@ -84,6 +84,7 @@ class Journal:
         self.slot, self.path, self._lock_fd = _take_slot(root, disk)
         try:
             numbers = [number_of(path) for path in self.path.iterdir() if path.suffix != DONE]
+            self._tidy()
             # No number comes twice, even where all that had one are gone.
             self._number = max([*numbers, time.time_ns() // 1_000_000])
             self._time_ns = _last_time(self.path)
@@ -156,6 +157,13 @@ class Journal:
         for fd in [self._lock_fd, *(seg.fd for seg in self._open)]:
             close(fd)
 
+    def _tidy(self) -> None:
+        """Remove what the writer before left half made."""
+        for path in self.path.iterdir():
+            is_made = path.with_suffix(SEGMENT).exists()
+            if path.suffix == NEW or (path.suffix == DONE and not is_made):
+                self._disk.unlink(path)
+
     # The sync
 
     def _flush(self, seg: _Segment, end: int) -> None:
@@ -181,11 +189,11 @@ class Journal:
             # What the kernel holds of it now is anybody's guess: no second sync can tell.
             self._poison(seg, exc)
             raise
+        else:
+            seg.synced = upto
         finally:
             with self._state:
                 seg.syncing = False
-                if seg.failed is None:
-                    seg.synced = upto
                 self._state.notify_all()
 
     def _poison(self, seg: _Segment, exc: BaseException) -> None:
@@ -264,8 +272,10 @@ class Journal:
             with contextlib.suppress(OSError):  # who needs it tries again, and is told
                 ahead.made.append(self._prepare(number, 2 * PAGE, False))
 
-        ahead = self._ahead = _Ahead(threading.Thread(target=prepare, name="segment", daemon=True))
-        ahead.thread.start()
+        ahead = _Ahead(threading.Thread(target=prepare, name="segment", daemon=True))
+        with contextlib.suppress(RuntimeError):  # no more threads: then it is made when needed
+            ahead.thread.start()
+            self._ahead = ahead
 
     def _take_ahead(self) -> _Segment | None:
         ahead, self._ahead = self._ahead, None
@@ -306,7 +316,7 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return self._make(number, size)
             except OSError as exc:
-                if exc.errno not in _FULL or size == least:
+                if exc.errno not in FULL or size == least:
                     raise
             size = max(size // 2 // PAGE * PAGE, least)
 

@@ -147,11 +147,14 @@ def find_record(fd: int, offset: int, header: Header) -> Record | None:
 
 def payload_is_sound(fd: int, record: Record) -> bool:
     """Whether the payload is what was written."""
+    at, crc = record.offset + RECORD_BYTES, 0
+    end = at + record.length
     try:
-        payload = os.pread(fd, record.length, record.offset + RECORD_BYTES)
+        while at < end and (part := os.pread(fd, min(_LOOK, end - at), at)):
+            at, crc = at + len(part), crc32c(part, crc)
     except OSError:  # the disk does not give it
         return False
-    return len(payload) == record.length and crc32c(payload) == record.payload_crc
+    return at == end and crc == record.payload_crc
 
 
 def checksum(parts: list[Bytes]) -> int:

@@ -23,7 +23,7 @@ SEGMENT = 32 << 10
 class Load:
     """Threads that put, and one that takes, on a disk that takes notes."""
 
-    def __init__(self, path: Path, seed: int) -> None:
+    def __init__(self, path: Path, seed: int, before: "Load | None" = None) -> None:
         self.disk = PowerCut(path)
         self.spool = Spool(path, segment_bytes=SEGMENT, disk=self.disk)
         self.other = Spool(path, segment_bytes=SEGMENT, disk=self.disk)  # as of another process
@@ -32,6 +32,12 @@ class Load:
         self.removed: dict[str, int] = {}  # name -> moment before
         self.aside: dict[str, tuple[int, int, bytes]] = {}  # file -> before, after, bytes
         self._seed = seed
+        if before is not None:
+            self.begun = before.begun
+            for entry in Spool(path).pending(10_000):  # what it left, and what came back
+                data = before.put.get(entry.name, (0, None))[1]
+                if entry.name in before.put:
+                    self.put[entry.name] = self.disk.now, data
 
     def run(self) -> None:
         writers = [threading.Thread(target=self._write, args=(n,)) for n in range(WRITERS)]
@@ -76,7 +82,7 @@ class Load:
             done.wait(rng.random() * 0.002)
 
 
-@pytest.mark.parametrize("seed", range(4 * SOAK))
+@pytest.mark.parametrize("seed", range(8 * SOAK))
 def test_what_was_put_survives_a_power_cut(tmp_path, seed, caplog):
     load = Load(tmp_path / "spool", seed)
     load.run()
@@ -88,6 +94,24 @@ def test_what_was_put_survives_a_power_cut(tmp_path, seed, caplog):
         load.disk.lay_out(moment, path, rng)
         check(load, path, moment)
     assert "damaged" not in caplog.text  # a power cut is no damage
+
+
+@pytest.mark.parametrize("seed", range(2 * SOAK))
+def test_power_cuts_may_follow_each_other(tmp_path, seed, caplog):
+    rng = random.Random(seed)
+    load = None
+    for life in range(6):
+        path = tmp_path / f"life {life}"
+        load = Load(path, 1000 * seed + life, load)
+        load.run()
+        moment = rng.randrange(load.disk.now // 2, load.disk.now + 1)
+        load.disk.lay_out(moment, tmp_path / f"life {life + 1}", rng)
+        load.disk.lay_out(moment, tmp_path / f"look {life}", rng)
+        check(load, tmp_path / f"look {life}", moment)
+        for name, (answered, _) in list(load.put.items()):
+            if answered > moment:
+                del load.put[name]
+    assert "damaged" not in caplog.text
 
 
 def check(load: Load, path: Path, moment: int) -> None:
