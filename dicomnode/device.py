@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from dicomnode.core import network, phantom, preprocess
 from dicomnode.core.preprocess import Input, PreprocessSpec
 from dicomnode.model import Scores
-from dicomnode.weights import Bundle
+
+if TYPE_CHECKING:  # benchmarks use what is here without it
+    from dicomnode.weights import Bundle
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ FASTER, SAME_MM = 1.5, 2.0
 PROBES, REPEATS = 16, 5
 
 
-def pick_dtype(wanted: str, bundle: Bundle, device: torch.device) -> torch.dtype:
+def pick_dtype(wanted: str, bundle: "Bundle", device: torch.device) -> torch.dtype:
     """Return the dtype of a setting: "float32", "bfloat16", or what "auto" finds best.
 
     That is bfloat16 where it is much faster and says the same: a CPU without instructions for it
@@ -43,7 +46,7 @@ def pick_dtype(wanted: str, bundle: Bundle, device: torch.device) -> torch.dtype
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
     wide, narrow = (
-        Runner(bundle, device, dtype, PROBES, captured=False)
+        Runner(bundle, device, dtype, PROBES, capture=False)
         for dtype in (torch.float32, torch.bfloat16)
     )
     inputs = _probes(bundle.spec)
@@ -65,18 +68,18 @@ class Runner:
     ----------
     most : int
         Inputs on the device at a time.
-    captured : bool
+    capture : bool
         Whether a CUDA device replays a graph of its kernels in place of starting each.
     """
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: "Bundle",
         device: torch.device,
         dtype: torch.dtype,
         most: int,
         *,
-        captured: bool = True,
+        capture: bool = True,
     ) -> None:
         net = bundle.network
         if dtype != torch.float32:
@@ -87,7 +90,9 @@ class Runner:
         self._pass = filled(most if self._on_cuda else min(most, CPU_PASS))
         self._size = bundle.spec.size
         self._slots: list[_Slot] = []
-        self._graphs: dict[int, _Graph] | None = {} if self._on_cuda and captured else None
+        self._graphs: dict[int, Callable[[Tensor], Tensor]] | None = (
+            {} if self._on_cuda and capture else None
+        )
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[Input]) -> Scores:
@@ -114,22 +119,47 @@ class Runner:
             self._slots = [_Slot(shape, self.device) for _ in range(2 if self._on_cuda else 1)]
         slot = self._slots[k % len(self._slots)]
         x = slot.fill(part, filled(len(part)))
-        score = self._replay(x) if self._graphs is not None else self._network(x)
+        score: Tensor = self._replay(x) if self._graphs is not None else self._network(x)
         slot.leave()
         return score[: len(part)]
 
     def _replay(self, x: Tensor) -> Tensor:
         assert self._graphs is not None
-        count = len(x)
-        if count not in self._graphs:
-            try:
-                self._graphs[count] = _Graph(self._network, x)
-            except RuntimeError as exc:
-                logger.warning("kernels not captured", extra={"reason": str(exc).splitlines()[0]})
-                self._graphs = None
-                score: Tensor = self._network(x)
-                return score
-        return self._graphs[count].replay(x)
+        if len(x) not in self._graphs:
+            self._graphs[len(x)] = captured(self._network, x)
+        return self._graphs[len(x)](x)
+
+
+def captured(work: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the same work on a CUDA device, for inputs of one shape: its kernels as one graph.
+
+    Where they cannot be captured, the work itself, and a warning.
+
+    References
+    ----------
+    "CUDA Graphs" in the notes on CUDA semantics of torch's documentation.
+    """
+    x = example.clone()
+    try:
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose and allocate before they are captured
+            for _ in range(3):
+                work(x)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = work(x)
+    except (RuntimeError, AssertionError) as exc:  # the latter without a CUDA device
+        logger.warning("kernels not captured", extra={"reason": str(exc).splitlines()[0]})
+        return work
+
+    def replay(inputs: Tensor) -> Tensor:
+        x.copy_(inputs)
+        graph.replay()
+        return result.clone()
+
+    return replay
 
 
 class _Slot:
@@ -165,32 +195,6 @@ class _Slot:
         """Note that all work on the batch has been asked for."""
         if self._on_cuda:
             self._left.record()
-
-
-class _Graph:
-    """The kernels of one batch size, captured.
-
-    References
-    ----------
-    The notes on CUDA graphs in torch's documentation, "CUDA semantics".
-    """
-
-    def __init__(self, net: torch.nn.Module, x: Tensor) -> None:
-        self._x = x.clone()
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose and allocate before they are captured
-            for _ in range(3):
-                net(self._x)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._score: Tensor = net(self._x)
-
-    def replay(self, x: Tensor) -> Tensor:
-        self._x.copy_(x)
-        self._graph.replay()
-        return self._score.clone()
 
 
 def filled(count: int) -> int:

@@ -23,6 +23,7 @@ LAYERS = (
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "weights")
 IMPORTS_TORCH = (
+    "dicomnode.core.batches",
     "dicomnode.core.network",
     "dicomnode.weights",
     "dicomnode.device",

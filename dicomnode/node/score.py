@@ -69,6 +69,7 @@ class Taken:
 
     instances: int
     until: datetime | None  # arrival of the newest entry dealt with; None: the spool is empty
+    last: bool = False  # whether nothing more waited behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,11 @@ class ScoreStage:
         # it made it three times slower.
         self._limits = threadpoolctl.threadpool_limits(1, "blas")
         cores = len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(threads or cores, "decode")
-        # The cores decode while the network runs. Threads of torch wait for each other by spinning:
-        # two on two busy cores took 3.4 ms of CPU a slice, one takes 0.6.
+        # A core is left to the thread that scores. Two that decode, on two cores, took turns at the
+        # interpreter's lock: 410 slices/s, where one gave 500.
+        self._pool = ThreadPoolExecutor(threads or max(1, cores - 1), "decode")
+        # Threads of torch wait for each other by spinning: two of them beside one that decodes, on
+        # two cores, took 3.4 ms of CPU a slice, one takes 0.6.
         self._torch_threads = torch.get_num_threads()
         torch.set_num_threads(max(1, cores // 4))
         self._ahead: Batch | None = None
@@ -166,7 +169,7 @@ class ScoreStage:
             self._ahead = ahead
         else:
             self._in_flight.unlink(missing_ok=True)
-        return Taken(len(batch.entries), batch.entries[-1].arrived_at)
+        return Taken(len(batch.entries), batch.entries[-1].arrived_at, not waiting)
 
     def _first(self, waiting: list[Entry]) -> Batch:
         """Return the oldest Instances, up to the next event, as a batch."""

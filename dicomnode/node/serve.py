@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import socket
 import subprocess
 import sys
@@ -26,7 +27,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-IDLE_S = 0.2  # between looks at an empty spool
+LOOK_S = 1.0  # between looks for complete Series and pairs, where nothing says that there are
+IDLE_S = 0.5  # a worker without work looks so often whether it is to stop
+# Less than a batch waits so long for company: one by one, slices took 4 ms of CPU each.
+COMPANY_S = 0.02
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
 TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
 FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
@@ -67,7 +71,10 @@ class Worker:
         )
         self._align = AlignStage(engine)
         self._prune = PruneStage(engine, days)
-        self._assembled_at = self._pruned_at = 0.0
+        self._batch = settings.score.batch
+        self._assembled_at = self._aligned_at = self._pruned_at = -math.inf
+        self._pairs_wait = False
+        self.is_alone = False  # whether the last step took a few slices, and all there were
         logger.info(
             "worker started",
             extra={
@@ -93,18 +100,33 @@ class Worker:
         0 means that nothing is left to do, except that open Series may become quiet.
         """
         taken = self._score.step()
+        self.is_alone = taken.last and 0 < taken.instances < self._batch
         done = taken.instances + (taken.until is not None)
         now = datetime.now(UTC)
+        horizon = taken.until or now
         # With a backlog, looking for complete Series after every batch would be waste.
-        if taken.until is None or time.monotonic() - self._assembled_at > 1.0:
+        is_due = self._assemble.due is not None and horizon >= self._assemble.due
+        finished = 0
+        if taken.until is None or is_due or time.monotonic() - self._assembled_at > LOOK_S:
             self._assembled_at = time.monotonic()
-            done += self._assemble.step(taken.until or now, now)
-        done += self._align.step()
+            finished = self._assemble.step(horizon, now)
+        if finished or self._pairs_wait or time.monotonic() - self._aligned_at > LOOK_S:
+            self._aligned_at = time.monotonic()
+            aligned = self._align.step()
+            self._pairs_wait = aligned > 0
+            done += aligned
+        done += finished
         if not done and time.monotonic() - self._pruned_at > PRUNE_S:
             done += self._prune.step(now)
             if not done:
                 self._pruned_at = time.monotonic()
         return done
+
+    def idle_s(self) -> float:
+        """Return the seconds until an open Series becomes quiet, or to look again anyway."""
+        if self._assemble.due is None:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, (self._assemble.due - datetime.now(UTC)).total_seconds()))
 
 
 def work(settings: Settings, stop: threading.Event) -> None:
@@ -126,7 +148,9 @@ def work(settings: Settings, stop: threading.Event) -> None:
         stack.callback(worker.close)
         while not stop.is_set():
             if not _persist(worker.step, stop):
-                stop.wait(IDLE_S)
+                spool.wait(worker.idle_s())
+            elif worker.is_alone:
+                stop.wait(COMPANY_S)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -17,9 +17,10 @@ from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instanc
 from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
-# A slice sent again is the same slice when its score agrees this well: batches of another
-# size differ in the last bits, another image by far more.
-SAME_SCORE = 0.02
+# A slice sent again is the same slice when its score agrees this well: a node that was moved to
+# another device may score in another dtype, which changes scores of real CT by up to 0.12
+# (1.2 mm), another image by far more.
+SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
 
@@ -69,16 +70,22 @@ def end_lost_associations(
     One whose last slice lies further in the future than that stems from before the clock was
     set back.
     """
-    last_at = schema.Arrival.last_at
     session.execute(
-        update(schema.Arrival)
-        .where(
-            schema.Arrival.ended.is_(None),
-            or_(last_at < now - after, last_at > now + after),
-            schema.Arrival.association_id.startswith(receiver, autoescape=True),
-        )
-        .values(ended="lost")
+        update(schema.Arrival).where(_is_lost(now, after, receiver)).values(ended="lost")
     )
+
+
+def has_lost_associations(session: Session, now: datetime, after: timedelta) -> bool:
+    """Whether `end_lost_associations` would find one."""
+    query = select(schema.Arrival.series_id).where(_is_lost(now, after)).limit(1)
+    return session.scalar(query) is not None
+
+
+def _is_lost(now: datetime, after: timedelta, receiver: str = "") -> ColumnElement[bool]:
+    last_at = schema.Arrival.last_at
+    silent = or_(last_at < now - after, last_at > now + after)
+    own = schema.Arrival.association_id.startswith(receiver, autoescape=True)
+    return and_(schema.Arrival.ended.is_(None), silent, own)
 
 
 def record_quarantined(
@@ -128,6 +135,14 @@ def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evid
         return None
     lost = any(end != "released" for end in series.ends)
     return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
+
+
+def quiet_at(series: OpenSeries, quiet: timedelta) -> datetime | None:
+    """Return when a Series will have been quiet for long enough, should nothing more arrive.
+
+    None while an association that carried it goes on.
+    """
+    return None if None in series.ends else series.last_arrival_at + quiet
 
 
 def claim_series(session: Session, series_id: int) -> Claimed | None:

@@ -247,7 +247,7 @@ def test_no_more_than_a_batch_is_taken_at_a_time(spool, node, stage):
     assert stage.step() == Taken(BATCH, arrived[BATCH - 1])
     assert received(node) == {SERIES: BATCH}
     assert len(spool.pending(100)) == 12 - BATCH
-    assert stage.step() == Taken(12 - BATCH, arrived[-1])
+    assert stage.step() == Taken(12 - BATCH, arrived[-1], last=True)
     assert stage.step() == Taken(0, None)
 
 
@@ -833,6 +833,79 @@ def test_a_worker_that_comes_late_finishes_each_series_once(
         worker.close()
     row = series_of(node, SERIES)
     assert (row.state, row.scored, row.revision) == (SeriesState.CURVE, 12, 1)
+
+
+def worker_of(spool: Spool, engine: Engine, folder: Path, **series: float) -> serve.Worker:
+    brightness_bundle(folder)
+    score = {"model": folder, "device": "cpu", "dtype": "float32", "batch": BATCH}
+    settings = Settings(score=score, spool={"path": spool.path}, series=series)
+    return serve.Worker(settings, spool, engine)
+
+
+@on_sqlite
+def test_a_worker_sleeps_until_a_series_becomes_quiet(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle", quiet_seconds=0.3)
+    try:
+        assert worker.step() == 0
+        assert worker.idle_s() == serve.IDLE_S
+        put_scan(spool, SERIES)
+        while worker.step():
+            pass
+        assert worker.idle_s() == serve.IDLE_S, "the association goes on"
+        last = spool.put_event(A, "released").arrived_at
+        while worker.step():
+            pass
+        assert series_of(node, SERIES).state is SeriesState.OPEN
+        idle_s = worker.idle_s()
+        due = series_of(node, SERIES).last_arrival_at + timedelta(seconds=0.3)
+        assert 0 <= idle_s <= 0.3
+        assert datetime.now(UTC) + timedelta(seconds=idle_s) >= due - timedelta(seconds=0.001)
+        time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+        assert worker.step() > 0
+        assert series_of(node, SERIES).state is SeriesState.CURVE
+        assert series_of(node, SERIES).last_arrival_at <= last
+    finally:
+        worker.close()
+
+
+@on_sqlite
+def test_a_series_that_is_quiet_is_finished_though_others_arrive(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle", quiet_seconds=0.2)
+    try:
+        put_scan(spool, SERIES)
+        spool.put_event(A, "released")
+        while worker.step():
+            pass
+        due = series_of(node, SERIES).last_arrival_at + timedelta(seconds=0.2)
+        deadline = time.monotonic() + 10
+        level = 0
+        while series_of(node, SERIES).state is SeriesState.OPEN:
+            assert time.monotonic() < deadline
+            put(spool, ct_slice(PRIOR, level % LEVELS), association=B)
+            level += 1
+            # Never an empty spool: only the time that is due makes it look.
+            worker._assembled_at = time.monotonic()
+            assert worker.step() > 0
+        assert spool.pending(1) == []
+        assert datetime.now(UTC) >= due
+    finally:
+        worker.close()
+
+
+@on_sqlite
+def test_a_few_slices_wait_for_company_and_a_backlog_does_not(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle")
+    try:
+        put_scan(spool, SERIES, range(BATCH + 2))
+        worker.step()
+        assert not worker.is_alone
+        worker.step()
+        assert worker.is_alone
+        spool.put_event(A, "released")
+        worker.step()
+        assert not worker.is_alone
+    finally:
+        worker.close()
 
 
 @on_sqlite

@@ -578,10 +578,10 @@ def test_a_duplicate_of_a_finished_series_changes_nothing(node):
     assert contents(node) == before
 
 
-def test_a_score_of_another_batch_size_is_the_same_score(node):
+def test_a_score_of_another_dtype_is_the_same_score(node):
     record(node, scan(SERIES))
     finish(node, SERIES)
-    record(node, [scored(SERIES, 4, score=2.0 + 1e-4)])
+    record(node, [scored(SERIES, 4, score=2.0 + 0.12)])
     assert series_of(node, SERIES).state is SeriesState.CURVE
 
 
