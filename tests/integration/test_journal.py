@@ -310,31 +310,34 @@ def test_a_setting_of_another_size_is_taken_up(small):
     assert file_of(larger, put[-1]).stat().st_size == 4 * SMALL
 
 
-def test_a_segment_is_not_used_again_while_one_who_put_there_waits(tmp_path):
+@pytest.mark.parametrize("count", [8, 14, 20, 26, 32, 38])
+def test_a_segment_is_not_used_again_while_one_who_put_there_waits(tmp_path, count):
     """Worked off before its sync was over, it is given back with its writer still at it."""
     disk = Slow()
     spool = Spool(tmp_path, segment_bytes=SMALL, disk=disk)
-    put = [spool.put(page(n), A) for n in range(5)]
+    spool.put(page(0), A)
     disk.is_slow = True
     answered: list[Entry] = []
-    late = threading.Thread(target=lambda: answered.append(spool.put(page(5), A)))
+    late = threading.Thread(target=lambda: answered.append(spool.put(page(1), A)))
     late.start()
-    eventually(lambda: len(spool.pending(10)) == 6)
+    eventually(lambda: len(disk.begun) == 1)
     disk.is_slow = False  # that one is held alone
+    large = spool.put(page(2) * 5, A)  # it has no room there
     reader = Spool(tmp_path)
-    for n in range(6, 60):
-        entry = spool.put(page(n), A)
-        for waiting in reader.pending(100):
-            if waiting != entry:
-                reader.remove(waiting)
-        assert bytes(reader.read(entry)) == page(n)
+    reader.remove(*[e for e in reader.pending(10) if e != large])
+    waiting = [large]
+    for n in range(count):
+        waiting.append(spool.put(page(n), A))
+        reader.pending(100)
+        if len(waiting) > 10:
+            reader.remove(waiting.pop(0))
     disk.go.release()
     late.join(20)
     assert len(answered) == 1
-    assert reader.pending(10) == [entry]
-    put = [spool.put(page(n), A) for n in range(60, 80)]
-    assert reader.pending(100) == [entry, *put]
-    assert [bytes(reader.read(e)) for e in put] == [page(n) for n in range(60, 80)]
+    assert reader.pending(100) == Spool(tmp_path).pending(100) == waiting
+    first = count - len(waiting)
+    for n, entry in enumerate(waiting, first):
+        assert bytes(reader.read(entry)) == (page(2) * 5 if entry == large else page(n))
     spool.close()
 
 
