@@ -281,8 +281,10 @@ def handle_conn_close(event: evt.Event) -> None:
     Its thread would else wait for a request until ACSE_TIMEOUT_S, and count: the health checks
     of a load balancer alone could use up `maximum_associations`.
     """
-    if event.assoc.dul.state_machine.current_state == "Sta2":
-        event.assoc.dul.to_user_queue.put(None)  # "timed out"
+    assoc = event.assoc
+    state = assoc.dul.state_machine.current_state
+    if state in ("Sta2", "Sta13") and assoc.requestor.primitive is None:
+        assoc.dul.to_user_queue.put(None)  # "timed out"
 
 
 def handle_established(event: evt.Event) -> None:

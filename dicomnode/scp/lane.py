@@ -203,6 +203,11 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         assoc.dul.to_user_queue = _Queue(self._inbox.wake)
         assoc.dul.to_provider_queue = _Queue(self._ring)
 
+    def __del__(self) -> None:
+        # Of an association whose thread died within pynetdicom.
+        self._bell.close()
+        self._alarm.close()
+
     # What pynetdicom calls
 
     @property
@@ -381,7 +386,8 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         """Whether pynetdicom has something to read of the messages that it reads itself."""
         if self._assoc.dimse.msg_queue.qsize() >= self._limits.waiting_messages:
             return False  # it has enough to do; the peer may wait
-        more = self._taken - self._charged
+        # What an A-ASSOCIATE-RQ may have, any message may.
+        more = max(0, self._taken - self._limits.negotiation_bytes) - self._charged
         if self._taken > self._limits.message_bytes or not self._budget.take(more):
             # Nobody but pynetdicom could answer it, which keeps it in memory.
             self._abort("message too long")
