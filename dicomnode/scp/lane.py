@@ -112,6 +112,19 @@ def install(assoc: Association, store: Store, limits: Limits, budget: Budget) ->
     assoc.dul.socket = LaneSocket(assoc, connection, store, limits, budget)
     # The socket of an acceptor tells that it is there. It did already, as what it replaces.
     assoc.dul.event_queue.get_nowait()
+    assoc.dul.run = _ending(assoc.dul.run, assoc.dul.socket)
+
+
+def _ending(run: Callable[[], None], connection: "LaneSocket") -> Callable[[], None]:
+    # A thread of pynetdicom's may die of what it reads. Nothing is to stay open until garbage is
+    # collected: peers could use up our files faster.
+    def run_and_close() -> None:
+        try:
+            run()
+        finally:
+            connection.leave()
+
+    return run_and_close
 
 
 class _Queue(queue.Queue[Any]):
@@ -203,11 +216,6 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         assoc.dul.to_user_queue = _Queue(self._inbox.wake)
         assoc.dul.to_provider_queue = _Queue(self._ring)
 
-    def __del__(self) -> None:
-        # Of an association whose thread died within pynetdicom.
-        self._bell.close()
-        self._alarm.close()
-
     # What pynetdicom calls
 
     @property
@@ -269,6 +277,12 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         super().send(bytestream)
         if self._tls and self.socket is not None:
             self.socket.settimeout(BUSY_S)
+
+    def leave(self) -> None:
+        """Close what is open yet, however it came to the end."""
+        if self.socket is not None and self.socket.fileno() >= 0:
+            self._linger()
+        self._shutdown_socket()
 
     def _shutdown_socket(self) -> None:
         # pynetdicom does not come to `close` when `shutdown` fails: the peer was faster.

@@ -124,9 +124,6 @@ class Reader:
         self._command = memoryview(bytearray(_COMMAND_BYTES))
         self._buffer = bytearray()
 
-    def __del__(self) -> None:
-        self.release()  # of an association whose thread died
-
     def release(self) -> None:
         """Keep no buffer; for an association that is over or idle."""
         self._budget.give(len(self._buffer))
