@@ -284,7 +284,11 @@ class Reader:
         size = max(size, 2 * len(self._buffer))
         if not self._budget.take(size):
             return False
-        old, self._buffer = self._buffer, bytearray(size)
+        try:
+            old, self._buffer = self._buffer, bytearray(size)
+        except MemoryError:
+            self._budget.give(size)
+            return False
         with memoryview(old) as view:
             self._buffer[:used] = view[:used]
         self._budget.give(len(old))

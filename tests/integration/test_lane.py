@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dicomnode.config import Settings
 from dicomnode.node import receive
 from dicomnode.node.receive import Receiver
 from dicomnode.scp import lane
+from dicomnode.scp.connection import PromptTLSSocket
 from dicomnode.scp.dimse import StoreRequest
 from dicomnode.scp.pdata import Budget, Limits
 from tests.dicom import ct_dataset, part10
@@ -278,7 +280,9 @@ IRREGULAR: dict[str, list[Step]] = {
 
 
 def compare(pair: Pair, steps: list[Step], hang_up: bool = True) -> tuple[Outcome, Outcome]:
-    by_lane, plain = (exchange(pair, r, steps, hang_up) for r in pair.receivers)
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(exchange, pair, r, steps, hang_up) for r in pair.receivers]
+        by_lane, plain = (future.result() for future in work)
     return by_lane, plain
 
 
@@ -507,6 +511,22 @@ def test_a_transfer_that_crawls_is_aborted(small):
         assert peer.finish() == "closed"
 
 
+def test_a_request_for_an_association_that_crawls_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(receive, "ACSE_TIMEOUT_S", 0.5)
+    receiver = Receiver(make_settings(tmp_path, True))
+    receiver.start()
+    with Peer(receiver.port) as peer:
+        started = time.monotonic()
+        for byte in associate_rq():
+            peer.send(bytes([byte]))
+            if peer.end:
+                break
+            time.sleep(0.02)  # what a slow peer does
+        assert time.monotonic() - started < 3
+        assert peer.finish() == "closed"
+    receiver.stop()
+
+
 def test_an_association_that_pynetdicom_serves_is_limited_too(small):
     with Peer(small.port) as peer:
         peer.send(associate_rq())
@@ -605,13 +625,22 @@ def test_idle_associations_cost_next_to_nothing(tmp_path):
 
 
 @contextlib.contextmanager
-def tls_server(tmp_path: Path, stored: list[Stored]) -> Iterator[tuple[int, ssl.SSLContext]]:
+def tls_server(
+    stored: list[Stored], with_lane: bool = True
+) -> Iterator[tuple[int, ssl.SSLContext]]:
     """A server with the lane behind TLS, and the context of a client that trusts it."""
     authority = trustme.CA()
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.sslsocket_class = PromptTLSSocket
     authority.issue_cert("localhost").configure_cert(ours)
     theirs = ssl.create_default_context()
     authority.configure_trust(theirs)
+
+    def opened(event: evt.Event) -> None:
+        assert isinstance(event.assoc.dul.socket.socket, PromptTLSSocket)
+        if with_lane:
+            lane.install(event.assoc, put, limits, budget)
+
     limits = dataclasses.replace(Limits(), stall_s=5)
     budget = Budget(limits.buffered_bytes)
 
@@ -627,9 +656,7 @@ def tls_server(tmp_path: Path, stored: list[Stored]) -> Iterator[tuple[int, ssl.
         ("127.0.0.1", 0),
         block=False,
         ssl_context=ours,
-        evt_handlers=[
-            (evt.EVT_CONN_OPEN, lambda event: lane.install(event.assoc, put, limits, budget))
-        ],
+        evt_handlers=[(evt.EVT_CONN_OPEN, opened), (evt.EVT_C_STORE, lambda _: 0)],
     )
     try:
         yield server.server_address[1], theirs
@@ -637,10 +664,10 @@ def tls_server(tmp_path: Path, stored: list[Stored]) -> Iterator[tuple[int, ssl.
         server.shutdown()
 
 
-def test_the_lane_works_over_tls(tmp_path):
+def test_the_lane_works_over_tls():
     stored: list[Stored] = []
     big = os.urandom(3_000_000)
-    with tls_server(tmp_path, stored) as (port, context):
+    with tls_server(stored) as (port, context):
         ae = AE("PACS")
         ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
         ae.add_requested_context(Verification)
@@ -661,8 +688,9 @@ def test_the_lane_works_over_tls(tmp_path):
     assert big in stored[1][1]
 
 
-def test_a_release_over_tls_is_answered_at_once(tmp_path):
-    with tls_server(tmp_path, []) as (port, context):
+@pytest.mark.parametrize("with_lane", [True, False])
+def test_a_release_over_tls_is_answered_at_once(with_lane):
+    with tls_server([], with_lane) as (port, context):
         raw = socket.create_connection(("127.0.0.1", port), timeout=5)
         with context.wrap_socket(raw, server_hostname="localhost") as connection:
             for sent in (associate_rq(), store(1), store(2), A_RELEASE_RQ):

@@ -232,6 +232,14 @@ def test_what_all_buffer_together_is_limited():
     assert budget.free == 1 << 17
 
 
+def test_without_memory_a_message_is_refused():
+    budget = Budget(1 << 62)
+    limits = Limits(kept_bytes=1 << 61)  # as much as no machine has
+    outcome, rest = read(Reader(STORAGE, limits, budget), store(1) + store(2))
+    assert isinstance(outcome, Refused)
+    assert (rest, budget.free) == (store(2), 1 << 62)
+
+
 def test_a_buffer_is_used_again_unless_it_is_big():
     budget = Budget(1 << 22)
     reader = Reader(STORAGE, SMALL, budget)
