@@ -537,6 +537,26 @@ def test_an_association_that_pynetdicom_serves_is_limited_too(small):
         assert peer.pdus[-1][0] == 7
 
 
+@pytest.mark.parametrize(
+    "sent", [b"", WHOLE[:3], WHOLE[:500], p_data(pdv(CT, 3, COMMAND)) + p_data(pdv(CT, 0, b"data"))]
+)
+def test_a_stop_tells_every_peer(tmp_path, monkeypatch, sent):
+    monkeypatch.setattr(receive, "STOP_GRACE_S", 0.1)
+    receiver = Receiver(make_settings(tmp_path, True))
+    receiver.start()
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(receiver.port)) for _ in range(5)]
+        for peer in peers:
+            for each in (associate_rq(), store(1)):
+                peer.send(each)
+                peer.receive(1)
+            peer.send(sent)
+        receiver.stop()
+        for peer in peers:
+            assert peer.finish() == "closed"
+            assert peer.pdus[-1] == A_ABORT
+
+
 # Nothing is left behind
 
 
