@@ -257,9 +257,10 @@ class Receiver:
         self._audit.write(Act.ASSOCIATION_OPENED, **_who(assoc, visit))
 
     def _handle_conn_open(self, event: evt.Event) -> None:
-        handle_conn_open(event)
         if self._fast_lane and _connection(event.assoc):
             lane.install(event.assoc, self._store, self._limits, self._budget)
+        else:
+            handle_conn_open(event)
 
     def _handle_store(self, event: evt.Event) -> int:
         """Answer a C-STORE that pynetdicom read."""

@@ -112,6 +112,19 @@ def install(assoc: Association, store: Store, limits: Limits, budget: Budget) ->
     assoc.dul.socket = LaneSocket(assoc, connection, store, limits, budget)
     # The socket of an acceptor tells that it is there. It did already, as what it replaces.
     assoc.dul.event_queue.get_nowait()
+    assoc.dul.run = _ending(assoc.dul.run, assoc.dul.socket)
+
+
+def _ending(run: Callable[[], None], connection: "LaneSocket") -> Callable[[], None]:
+    # A thread of pynetdicom's may die of what it reads. Nothing is to stay open until garbage is
+    # collected: peers could use up our files faster.
+    def run_and_close() -> None:
+        try:
+            run()
+        finally:
+            connection.leave()
+
+    return run_and_close
 
 
 class _Queue(queue.Queue[Any]):
@@ -265,6 +278,12 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         if self._tls and self.socket is not None:
             self.socket.settimeout(BUSY_S)
 
+    def leave(self) -> None:
+        """Close what is open yet, however it came to the end."""
+        if self.socket is not None and self.socket.fileno() >= 0:
+            self._linger()
+        self._shutdown_socket()
+
     def _shutdown_socket(self) -> None:
         # pynetdicom does not come to `close` when `shutdown` fails: the peer was faster.
         if connection := self.socket:
@@ -381,7 +400,8 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         """Whether pynetdicom has something to read of the messages that it reads itself."""
         if self._assoc.dimse.msg_queue.qsize() >= self._limits.waiting_messages:
             return False  # it has enough to do; the peer may wait
-        more = self._taken - self._charged
+        # What an A-ASSOCIATE-RQ may have, any message may.
+        more = max(0, self._taken - self._limits.negotiation_bytes) - self._charged
         if self._taken > self._limits.message_bytes or not self._budget.take(more):
             # Nobody but pynetdicom could answer it, which keeps it in memory.
             self._abort("message too long")

@@ -315,8 +315,10 @@ class Listener(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom h
 
     def _wake(self, event: evt.Event) -> None:
         # pynetdicom would wait on for a request that cannot come any more.
-        if event.assoc.requestor.primitive is None:
-            event.assoc.dul.to_user_queue.put(None)
+        assoc = event.assoc
+        state = assoc.dul.state_machine.current_state
+        if state in ("Sta2", "Sta13") and assoc.requestor.primitive is None:
+            assoc.dul.to_user_queue.put(None)
 
     def _attend(self, assoc: Association, visit: Visit, deadline: float) -> None:
         """Wait for the end of an association, and see to it that it comes."""

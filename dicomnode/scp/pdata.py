@@ -124,9 +124,6 @@ class Reader:
         self._command = memoryview(bytearray(_COMMAND_BYTES))
         self._buffer = bytearray()
 
-    def __del__(self) -> None:
-        self.release()  # of an association whose thread died
-
     def release(self) -> None:
         """Keep no buffer; for an association that is over or idle."""
         self._budget.give(len(self._buffer))
@@ -287,7 +284,11 @@ class Reader:
         size = max(size, 2 * len(self._buffer))
         if not self._budget.take(size):
             return False
-        old, self._buffer = self._buffer, bytearray(size)
+        try:
+            old, self._buffer = self._buffer, bytearray(size)
+        except MemoryError:
+            self._budget.give(size)
+            return False
         with memoryview(old) as view:
             self._buffer[:used] = view[:used]
         self._budget.give(len(old))
