@@ -26,13 +26,18 @@ def test_steady_load(tmp_path):
     assert outcome.aborted > 0
     assert set(outcome.others) == {"echo", "probe", "stranger"}
     measured = {(row["process"], row["measure"]) for row in outcome.rows}
-    assert {("receiver", "uss_mib"), ("worker", "uss_mib"), ("receiver", "threads")} <= measured
+    assert {
+        ("receiver", "anonymous_mib"),
+        ("worker", "anonymous_mib"),
+        ("receiver", "threads"),
+    } <= measured
     assert json.loads((tmp_path / "steady.json").read_text())["missing"] == 0
 
 
 def test_a_leak_is_seen():
-    def at(second: int, uss_mib: float) -> steady.Sample:
-        process = {"rss_mib": 90.0, "uss_mib": uss_mib, "threads": 5, "descriptors": 9}
+    def at(second: int, anonymous_mib: float) -> steady.Sample:
+        flat = dict.fromkeys(steady.MEASURES, 5.0)
+        process = {**flat, "anonymous_mib": anonymous_mib}
         return {
             "leg": 1,
             "elapsed_s": float(second),
@@ -44,8 +49,8 @@ def test_a_leak_is_seen():
     # 60 MiB at once within the warm-up do not count; 30 MiB an hour afterwards do.
     samples = [at(s, 60.0 * (s > 100) + 30.0 * s / 3600.0) for s in range(0, 3600, 5)]
     rows = {row["measure"]: row for row in steady.summary(samples)}
-    assert rows["uss_mib"]["slope_per_hour"] == pytest.approx(30.0, abs=0.1)
-    assert rows["uss_mib"]["growth"] == pytest.approx(30.0 * 5 / 6 * 55 / 60, abs=0.5)
+    assert rows["anonymous_mib"]["slope_per_hour"] == pytest.approx(30.0, abs=0.1)
+    assert rows["anonymous_mib"]["growth"] == pytest.approx(30.0 * 5 / 6 * 55 / 60, abs=0.5)
     assert rows["threads"]["growth"] == rows["rss_mib"]["slope_per_hour"] == 0.0
 
 
