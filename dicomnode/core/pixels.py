@@ -38,13 +38,13 @@ class Rescale:
         So it is where they are whole, rise with HU, hold air itself, and padding lies no
         higher than air: then nothing is rounded that `to_hu` would not round.
         """
-        if dtype.kind not in "iu" or dtype.itemsize > 2 or self.slope < 1:
+        if dtype.kind not in "iu" or dtype.itemsize > 2 or not self.slope >= 1:
             return self == Rescale()
-        whole = self.slope.is_integer() and self.intercept.is_integer()
+        whole = float(self.slope).is_integer() and float(self.intercept).is_integer()
         if not whole or 65536 * self.slope + abs(self.intercept) >= _EXACT:
             return False
         air, limits = self.stored(AIR_HU), np.iinfo(dtype)
-        if not air.is_integer() or not limits.min <= air < limits.max:
+        if not float(air).is_integer() or not limits.min <= air < limits.max:
             return False
         if self.padding is None:
             return True

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from struct import Struct
 from struct import error as StructError
 
@@ -59,6 +60,8 @@ _CHARACTER_SETS = {
     b"GBK",
 }
 _MAX_DEPTH = 20
+_MAX_VALUE = 256  # bytes; longer than any that is regular
+_REMEMBERED = 1024  # values
 
 
 class _Unusual(Exception):
@@ -379,31 +382,18 @@ class _Elements:
         if place is None:
             return b""
         start, length = place
+        if length > _MAX_VALUE:
+            raise _Unusual
         return bytes(self.data[start : start + length]).rstrip(b"\0 ")
 
     def _text(self, tag: int) -> str:
-        value = self._raw(tag)
-        if not _PLAIN(value):
-            raise _Unusual
-        return value.decode("ascii").strip(" ")
+        return _text_of(self._raw(tag))
 
     def _codes(self, tag: int) -> tuple[str, ...]:
-        if tag not in self.found:
-            return ()
-        value = self._raw(tag)
-        if not value or not _CODES(value):
-            raise _Unusual
-        return tuple(code.strip().upper() for code in value.decode("ascii").split("\\"))
+        return _codes_of(self._raw(tag)) if tag in self.found else ()
 
     def _floats(self, tag: int, count: int) -> tuple[float, ...] | None:
-        value = self._raw(tag)
-        if not value:
-            return None
-        if not _DECIMALS(value):
-            raise _Unusual
-        values = tuple(map(float, value.split(b"\\")))
-        if not all(-1e300 < v < 1e300 for v in values):
-            raise _Unusual
+        values = _floats_of(self._raw(tag))
         return values if len(values) == count else None
 
     def _integer(self, tag: int) -> int | None:
@@ -441,6 +431,33 @@ class _Elements:
         return int(read(self.data, start)[0])
 
 
+# Slices of a Series say the same for the most part.
+@lru_cache(_REMEMBERED)
+def _text_of(value: bytes) -> str:
+    if not _PLAIN(value):
+        raise _Unusual
+    return value.decode("ascii").strip(" ")
+
+
+@lru_cache(_REMEMBERED)
+def _codes_of(value: bytes) -> tuple[str, ...]:
+    if not value or not _CODES(value):
+        raise _Unusual
+    return tuple(code.strip().upper() for code in value.decode("ascii").split("\\"))
+
+
+@lru_cache(_REMEMBERED)
+def _floats_of(value: bytes) -> tuple[float, ...]:
+    if not value:
+        return ()
+    if not _DECIMALS(value):
+        raise _Unusual
+    values = tuple(map(float, value.split(b"\\")))
+    if not all(-1e300 < v < 1e300 for v in values):
+        raise _Unusual
+    return values
+
+
 def patient_key(patient_id: str, issuer: str, default_issuer: str) -> PatientKey:
     """Return the key of a patient; that of nobody where the ID cannot be trusted."""
     too_long = max(len(patient_id), len(issuer)) > 64  # PS3.5 Table 6.2-1, LO
@@ -450,6 +467,7 @@ def patient_key(patient_id: str, issuer: str, default_issuer: str) -> PatientKey
     return PatientKey(patient_id, issuer or default_issuer)
 
 
+@lru_cache(_REMEMBERED)
 def study_datetime(date: str, time: str) -> datetime | None:
     """Return Study Date and Study Time; midnight where the time is unreadable."""
     digits = time.split(".")[0].ljust(6, "0")
