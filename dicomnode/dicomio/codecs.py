@@ -3,7 +3,7 @@
 Where pydicom would do anything but decode and correct the sign, nothing is claimed here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import imagecodecs
@@ -12,9 +12,12 @@ import numpy.typing as npt
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
+    ExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEG2000TransferSyntaxes,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -23,65 +26,66 @@ from pydicom.uid import (
 )
 
 from dicomnode.dicomio import codestream
-from dicomnode.dicomio.scan import Scanned
+from dicomnode.dicomio.scan import Layout
 
 Stored = npt.NDArray[np.integer[Any]]
-_Codec = Callable[[memoryview, int, int], Stored]
+_Codec = Callable[[bytes, int, int], Stored]
 
 
-def stored(scanned: Scanned) -> Stored | None:
-    """Return the stored values of a single frame, (R, C); None where it is for pydicom to say.
+def stored(
+    layout: Layout, native: memoryview | None, fragments: Sequence[bytes | memoryview] | None
+) -> Stored | None:
+    """Return the stored values of one frame, (R, C); None where it is for pydicom to say.
 
-    They may be a view of the file.
+    Parameters
+    ----------
+    native
+        Its bytes, of which the result may be a view; or
+    fragments
+        the parts of its codestream.
 
     Raises
     ------
     CorruptObject
         If a compressed frame is of another size than its header says.
     """
-    return frame(scanned, scanned.pixel_data, scanned.fragments)
-
-
-def frame(
-    scanned: Scanned, native: memoryview | None, fragments: tuple[memoryview, ...] | None
-) -> Stored | None:
-    """Return what `stored` does, of one frame among those of an Instance."""
-    rows, columns, bits = scanned.header.rows, scanned.header.columns, scanned.bits_stored
+    rows, columns, bits = layout.rows, layout.columns, layout.bits_stored
     regular = (
-        scanned.samples_per_pixel == 1
-        and scanned.photometric_interpretation in ("MONOCHROME1", "MONOCHROME2")
-        and scanned.bits_allocated == 16
-        and scanned.pixel_representation in (0, 1)
+        layout.samples_per_pixel == 1
+        and layout.photometric_interpretation in ("MONOCHROME1", "MONOCHROME2")
+        and layout.bits_allocated == 16
+        and layout.pixel_representation in (0, 1)
     )
     if not regular or bits is None or not 1 <= bits <= 16 or not rows * columns:
         return None
     if native is not None:
-        if scanned.transfer_syntax_uid not in _NATIVE or len(native) != 2 * rows * columns:
+        if layout.transfer_syntax_uid not in _NATIVE or len(native) != 2 * rows * columns:
             return None
-        dtype = "<i2" if scanned.pixel_representation else "<u2"
+        dtype = "<i2" if layout.pixel_representation else "<u2"
         return _without_unused_bits(np.frombuffer(native, dtype).reshape(rows, columns), bits)
-    decode = _CODECS.get(scanned.transfer_syntax_uid)
-    if decode is None or not fragments:
+    decoders = _CODECS.get(layout.transfer_syntax_uid)
+    if decoders is None or not fragments:
         return None
-    data = fragments[0] if len(fragments) == 1 else memoryview(b"".join(fragments))
-    codestream.check(data, scanned.transfer_syntax_uid, rows, columns, 1)
-    try:
-        image = decode(data, rows, columns)
-    except (RuntimeError, ValueError, TypeError):  # whatever it was, pydicom's decoders may know
-        return None
-    if image.shape != (rows, columns) or image.dtype.kind not in "iu" or image.itemsize != 2:
-        return None
-    return _signed(image, data, scanned, bits)
+    data = bytes(fragments[0]) if len(fragments) == 1 else b"".join(fragments)
+    codestream.check(data, layout.transfer_syntax_uid, rows, columns, 1)
+    for decode in decoders:
+        try:
+            image = decode(data, rows, columns)
+        except (RuntimeError, ValueError, TypeError):  # the next one may know, or pydicom's
+            continue
+        if image.shape == (rows, columns) and image.dtype.kind in "iu" and image.itemsize == 2:
+            return _signed(image, data, layout, bits)
+    return None
 
 
-def _signed(image: Stored, data: memoryview, scanned: Scanned, bits: int) -> Stored | None:
+def _signed(image: Stored, data: bytes, layout: Layout, bits: int) -> Stored:
     """As pydicom corrects it: see `pydicom.pixels.decoders.base`."""
-    signed = bool(scanned.pixel_representation)
+    signed = bool(layout.pixel_representation)
     image = image.view(np.int16 if signed else np.uint16)
-    if scanned.transfer_syntax_uid in (JPEGLSLossless, JPEGLSNearLossless):
+    if layout.transfer_syntax_uid in (JPEGLSLossless, JPEGLSNearLossless):
         precision = codestream.jpeg_precision(data)
         return _without_unused_bits(image, precision) if signed else image
-    if scanned.transfer_syntax_uid in _JPEG2000:
+    if layout.transfer_syntax_uid in JPEG2000TransferSyntaxes:
         precision, is_signed = codestream.jpeg2000_precision(data)
         return image if is_signed == signed else _without_unused_bits(image, precision)
     return _without_unused_bits(image, bits)
@@ -97,7 +101,7 @@ def _without_unused_bits(image: Stored, bits: int) -> Stored:
     return (image << unused) >> unused
 
 
-def _rle(data: memoryview, rows: int, columns: int) -> Stored:
+def _rle(data: bytes, rows: int, columns: int) -> Stored:
     """Two byte planes, the high one first, each of PackBits (PS3.5 Annex G)."""
     header = np.frombuffer(data[:64], "<u4")
     begin, middle = int(header[1]), int(header[2])
@@ -106,24 +110,40 @@ def _rle(data: memoryview, rows: int, columns: int) -> Stored:
     count = rows * columns
     image = np.empty((count, 2), np.uint8)
     for plane, part in ((1, data[begin:middle]), (0, data[middle:])):
-        decoded = np.frombuffer(imagecodecs.packbits_decode(bytes(part), out=count + 1), np.uint8)
+        decoded = np.frombuffer(imagecodecs.packbits_decode(part, out=count + 1), np.uint8)
         if len(decoded) < count:
             raise ValueError("a segment is short")
         image[:, plane] = decoded[:count]
     return image.view("<u2").reshape(rows, columns)
 
 
-_NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1"}
-_JPEG2000 = {JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL}
-_CODECS: dict[str, _Codec] = {
-    JPEGLSLossless: lambda data, *_: imagecodecs.jpegls_decode(data),
-    JPEGLSNearLossless: lambda data, *_: imagecodecs.jpegls_decode(data),
-    JPEGLossless: lambda data, *_: imagecodecs.ljpeg_decode(data),
-    JPEGLosslessSV1: lambda data, *_: imagecodecs.ljpeg_decode(data),
-    JPEG2000: lambda data, *_: imagecodecs.jpeg2k_decode(data),
-    JPEG2000Lossless: lambda data, *_: imagecodecs.jpeg2k_decode(data),
-    HTJ2K: lambda data, *_: imagecodecs.htj2k_decode(data),
-    HTJ2KLossless: lambda data, *_: imagecodecs.htj2k_decode(data),
-    HTJ2KLosslessRPCL: lambda data, *_: imagecodecs.htj2k_decode(data),
-    RLELossless: _rle,
+def _jpegls(data: bytes, rows: int, columns: int) -> Stored:
+    return imagecodecs.jpegls_decode(data)
+
+
+def _ljpeg(data: bytes, rows: int, columns: int) -> Stored:
+    return imagecodecs.ljpeg_decode(data)
+
+
+def _jpeg2k(data: bytes, rows: int, columns: int) -> Stored:
+    return imagecodecs.jpeg2k_decode(data)
+
+
+def _htj2k(data: bytes, rows: int, columns: int) -> Stored:
+    return imagecodecs.htj2k_decode(data)
+
+
+_NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian}
+_CODECS: dict[str, tuple[_Codec, ...]] = {
+    RLELossless: (_rle,),
+    JPEGLSLossless: (_jpegls,),
+    JPEGLSNearLossless: (_jpegls,),
+    JPEGLossless: (_ljpeg,),
+    JPEGLosslessSV1: (_ljpeg,),
+    JPEG2000: (_jpeg2k,),
+    JPEG2000Lossless: (_jpeg2k,),
+    HTJ2K: (_htj2k, _jpeg2k),
+    HTJ2KLossless: (_htj2k, _jpeg2k),
+    HTJ2KLosslessRPCL: (_htj2k, _jpeg2k),
 }
+KNOWN = frozenset(_CODECS)  # transfer syntaxes that need no decoder of pydicom

@@ -14,12 +14,13 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset, read_preamble
+from pydicom.pixels import get_decoder
 from pydicom.tag import BaseTag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from dicomnode.core import pixels
-from dicomnode.dicomio import codestream
-from dicomnode.dicomio.scan import patient_key, study_datetime
+from dicomnode.dicomio import codecs, codestream
+from dicomnode.dicomio.scan import Layout, patient_key, study_datetime
 from dicomnode.errors import CorruptObject, UnsupportedObject
 from dicomnode.model import Reason, SliceHeader
 
@@ -185,8 +186,10 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # trailing padding, odd lengths: harmless, and many
-            _check_sizes(ds, rows, columns)
-            image = ds.pixel_array
+            frame = _only_frame(ds, rows, columns)
+            image = codecs.stored(layout(ds), None, [frame]) if frame else None
+            if image is None:
+                image = ds.pixel_array
     except CorruptObject:
         raise
     except (NotImplementedError, RuntimeError) as exc:
@@ -200,6 +203,20 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
     if image.shape != (rows, columns):
         raise CorruptObject(f"pixel data of shape {image.shape}", Reason.PIXEL_DATA)
     return image, rescale(ds)
+
+
+def layout(ds: Dataset) -> Layout:
+    """Return how the pixels of a data set are stored."""
+    return Layout(
+        _syntax(ds),
+        _integer(ds, "Rows") or 0,
+        _integer(ds, "Columns") or 0,
+        _integer(ds, "SamplesPerPixel"),
+        _text(ds, "PhotometricInterpretation"),
+        _integer(ds, "BitsAllocated"),
+        _integer(ds, "BitsStored"),
+        _integer(ds, "PixelRepresentation"),
+    )
 
 
 def rescale(ds: Dataset) -> pixels.Rescale:
@@ -230,16 +247,20 @@ def is_sound(rescale: pixels.Rescale) -> bool:
     return all(abs(value) <= MAX_RESCALE for value in (rescale.slope, rescale.intercept))
 
 
-def _check_sizes(ds: Dataset, rows: int, columns: int) -> None:
-    """See that what is to be decoded is no more than one frame of what the header says."""
+def _only_frame(ds: Dataset, rows: int, columns: int) -> bytes | None:
+    """The codestream of the one frame there is to be; None of native pixels.
+
+    Nothing larger than the header says is left to a codec.
+    """
     frames, samples = _integer(ds, "NumberOfFrames") or 1, _integer(ds, "SamplesPerPixel") or 1
     if frames != 1 or samples * (_integer(ds, "BitsAllocated") or 1) > 64:
         raise CorruptObject(f"{frames} frames of {samples} samples", Reason.PIXEL_DATA)
-    syntax = ds.file_meta.TransferSyntaxUID
-    if not _decodable(ds) or not syntax.is_encapsulated:
-        return
-    for frame in generate_frames(ds.PixelData, number_of_frames=1):
-        codestream.check(frame, syntax, rows, columns, samples)
+    syntax = _syntax(ds)
+    if not _decodable(ds) or not UID(syntax).is_encapsulated:
+        return None
+    frame: bytes = next(generate_frames(ds.PixelData, number_of_frames=1))
+    codestream.check(frame, syntax, rows, columns, samples)
+    return frame
 
 
 def _values(ds: Dataset, keyword: str) -> list[Any]:
@@ -282,9 +303,10 @@ def _syntax(ds: Dataset) -> str:
 
 
 def _decodable(ds: Dataset) -> bool:
+    syntax = _syntax(ds)
+    if syntax in codecs.KNOWN:
+        return True
     try:
-        return not ds.file_meta.TransferSyntaxUID.is_encapsulated or bool(
-            pydicom.pixels.get_decoder(ds.file_meta.TransferSyntaxUID).is_available
-        )
-    except (AttributeError, NotImplementedError, ValueError):  # ValueError: a private syntax
+        return not UID(syntax).is_encapsulated or get_decoder(UID(syntax)).is_available
+    except (NotImplementedError, ValueError):  # ValueError: a private syntax
         return False

@@ -49,21 +49,18 @@ def decode(
     issuers = default_issuers or {}
     scanned = scan.scan(data, issuers)
     if scanned is not None:
-        if reason := admission.refuse_slice(scanned.header):
-            return Decoded(scanned.header, reason=reason)
-        try:
-            image = _stored(scanned)
-        except DicomError as exc:
-            return Decoded(scanned.header, reason=exc.reason, detail=str(exc))
-        if image is not None:
-            return _prepared(scanned.header, image, scanned.rescale, spec)
-    ds = dataset.read(BytesIO(data))
-    calling = str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
-    header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
+        header = scanned.header
+    else:
+        ds = dataset.read(BytesIO(data))
+        calling = str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
+        header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
     if reason := admission.refuse_slice(header):
         return Decoded(header, reason=reason)
     try:
-        return _prepared(header, *dataset.stored(ds), spec)
+        if scanned is not None and (image := _stored(scanned)) is not None:
+            return _prepared(header, image, scanned.rescale, spec)
+        image, rescale = dataset.stored(ds if scanned is None else dataset.read(BytesIO(data)))
+        return _prepared(header, image, rescale, spec)
     except DicomError as exc:
         return Decoded(header, reason=exc.reason, detail=str(exc))
 
@@ -72,7 +69,7 @@ def _stored(scanned: scan.Scanned) -> codecs.Stored | None:
     header = scanned.header
     if header.rows * header.columns > dataset.MAX_PIXELS or not dataset.is_sound(scanned.rescale):
         return None
-    return codecs.stored(scanned)
+    return codecs.stored(scanned.layout, scanned.pixel_data, scanned.fragments)
 
 
 def _prepared(

@@ -69,17 +69,26 @@ class _Unusual(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Scanned:
-    """What a file says of its one frame, and where that lies."""
+class Layout:
+    """How the pixels of a frame are stored: the Image Pixel module (PS3.3 C.7.6.3)."""
 
-    header: SliceHeader
     transfer_syntax_uid: str
-    rescale: Rescale
+    rows: int
+    columns: int
     samples_per_pixel: int | None
     photometric_interpretation: str
     bits_allocated: int | None
     bits_stored: int | None
     pixel_representation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """What a file says of its one frame, and where that lies."""
+
+    header: SliceHeader
+    layout: Layout
+    rescale: Rescale
     pixel_data: memoryview | None  # of native pixels
     fragments: tuple[memoryview, ...] | None  # of encapsulated ones, without the offset table
 
@@ -366,13 +375,17 @@ class _Elements:
         )
         return Scanned(
             header,
-            syntax,
+            Layout(
+                syntax,
+                header.rows,
+                header.columns,
+                unsigned(0x00280002),
+                text(0x00280004),
+                unsigned(0x00280100),
+                unsigned(0x00280101),
+                unsigned(0x00280103),
+            ),
             Rescale((slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0], self._padding()),
-            unsigned(0x00280002),
-            text(0x00280004),
-            unsigned(0x00280100),
-            unsigned(0x00280101),
-            unsigned(0x00280103),
             pixel_data,
             fragments,
         )
