@@ -4,14 +4,18 @@ import re
 from struct import Struct
 
 from pydicom.uid import (
-    JPEG2000TransferSyntaxes,
-    JPEGLSTransferSyntaxes,
-    JPEGTransferSyntaxes,
+    HTJ2K,
+    JPEG2000,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
     RLELossless,
 )
 
 from dicomnode.errors import CorruptObject
 from dicomnode.model import Reason
+
+JPEG_2000 = frozenset({JPEG2000, JPEG2000Lossless, HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL})
 
 _word = Struct(">H").unpack_from
 _size = Struct(">LLLL").unpack_from
@@ -28,21 +32,18 @@ def check(
 ) -> None:
     """See that a frame is as large as its header says: a codec allocates what the frame says.
 
-    Of syntaxes without a size of their own, or unknown to us, nothing is said.
+    Of RLE, which has no size of its own, that a header is there.
 
     Raises
     ------
     CorruptObject
         If it is of another size, or does not tell one.
     """
-    if transfer_syntax_uid in JPEG2000TransferSyntaxes:
-        told = _jpeg2000(frame)
-    elif transfer_syntax_uid in (*JPEGLSTransferSyntaxes, *JPEGTransferSyntaxes):
-        told = _jpeg(frame)
-    else:
-        if transfer_syntax_uid == RLELossless and len(frame) < 64:  # its header, PS3.5 G.5
+    if transfer_syntax_uid == RLELossless:
+        if len(frame) < 64:  # its header, PS3.5 G.5
             raise CorruptObject("pixel data break off", Reason.PIXEL_DATA)
         return
+    told = _jpeg2000(frame) if transfer_syntax_uid in JPEG_2000 else _jpeg(frame)
     if told != {(rows, columns, samples)}:
         shown = ", ".join(f"{r} x {c} x {n}" for r, c, n in sorted(told)[:3]) or "no size"
         raise CorruptObject(

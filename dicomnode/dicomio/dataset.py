@@ -14,14 +14,13 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset, read_preamble
-from pydicom.pixels import get_decoder
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from dicomnode.core import pixels
-from dicomnode.dicomio import codecs, codestream
+from dicomnode.dicomio import codecs
 from dicomnode.dicomio.scan import Layout, patient_key, study_datetime
-from dicomnode.errors import CorruptObject, UnsupportedObject
+from dicomnode.errors import CorruptObject, DicomError, UnsupportedObject
 from dicomnode.model import Reason, SliceHeader
 
 # A 16-bit slice of 4096 x 4096: what a header may make us allocate, and no more.
@@ -160,6 +159,20 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
             raise CorruptObject(f"header cannot be read: {type(exc).__name__}") from exc
 
 
+def calling_ae_title(ds: Dataset) -> str:
+    """Return who sent an Instance, as the receiver wrote it to the file; "" where it is unknown.
+
+    Raises
+    ------
+    CorruptObject
+        If it cannot be read.
+    """
+    try:
+        return str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
+    except Exception as exc:  # a broken element surfaces only when it is converted
+        raise CorruptObject(f"header cannot be read: {type(exc).__name__}") from exc
+
+
 def image_hu(ds: Dataset) -> npt.NDArray[np.float32]:
     """Return the pixels of a single-frame CT Instance as (R, C) float32 HU.
 
@@ -183,23 +196,26 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
         raise CorruptObject(f"{rows} x {columns} pixels", Reason.PIXEL_DATA)
     if "PixelData" not in ds:
         raise CorruptObject("no pixel data", Reason.PIXEL_DATA)
+    syntax = _syntax(ds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # trailing padding, odd lengths: harmless, and many
-            frame = _only_frame(ds, rows, columns)
-            image = codecs.stored(layout(ds), None, [frame]) if frame else None
-            if image is None:
+            _check_frames(ds)
+            if syntax in codecs.KNOWN:
+                frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+                image = codecs.encapsulated(layout(ds), [frame])
+            elif not _is_native(syntax):
+                raise UnsupportedObject(f"transfer syntax {syntax}")
+            else:
                 image = ds.pixel_array
-    except CorruptObject:
+    except DicomError:
         raise
-    except (NotImplementedError, RuntimeError) as exc:
-        if not _decodable(ds):
-            raise UnsupportedObject(f"transfer syntax {_syntax(ds)}") from exc
-        raise CorruptObject("pixel data do not decode", Reason.PIXEL_DATA) from exc
-    except Exception as exc:  # codecs raise whatever they meet
+    except Exception as exc:  # parsers raise whatever they meet
         raise CorruptObject(
             f"pixel data do not decode: {type(exc).__name__}", Reason.PIXEL_DATA
         ) from exc
+    if image is None:
+        raise CorruptObject("pixel data do not decode", Reason.PIXEL_DATA)
     if image.shape != (rows, columns):
         raise CorruptObject(f"pixel data of shape {image.shape}", Reason.PIXEL_DATA)
     return image, rescale(ds)
@@ -247,20 +263,11 @@ def is_sound(rescale: pixels.Rescale) -> bool:
     return all(abs(value) <= MAX_RESCALE for value in (rescale.slope, rescale.intercept))
 
 
-def _only_frame(ds: Dataset, rows: int, columns: int) -> bytes | None:
-    """The codestream of the one frame there is to be; None of native pixels.
-
-    Nothing larger than the header says is left to a codec.
-    """
+def _check_frames(ds: Dataset) -> None:
+    """See that there is one frame, and what a pixel takes: more would be made room for."""
     frames, samples = _integer(ds, "NumberOfFrames") or 1, _integer(ds, "SamplesPerPixel") or 1
     if frames != 1 or samples * (_integer(ds, "BitsAllocated") or 1) > 64:
         raise CorruptObject(f"{frames} frames of {samples} samples", Reason.PIXEL_DATA)
-    syntax = _syntax(ds)
-    if not _decodable(ds) or not UID(syntax).is_encapsulated:
-        return None
-    frame: bytes = next(generate_frames(ds.PixelData, number_of_frames=1))
-    codestream.check(frame, syntax, rows, columns, samples)
-    return frame
 
 
 def _values(ds: Dataset, keyword: str) -> list[Any]:
@@ -302,11 +309,8 @@ def _syntax(ds: Dataset) -> str:
     return str(ds.file_meta.get("TransferSyntaxUID", "unknown"))
 
 
-def _decodable(ds: Dataset) -> bool:
-    syntax = _syntax(ds)
-    if syntax in codecs.KNOWN:
-        return True
+def _is_native(transfer_syntax_uid: str) -> bool:
     try:
-        return not UID(syntax).is_encapsulated or get_decoder(UID(syntax)).is_available
-    except (NotImplementedError, ValueError):  # ValueError: a private syntax
+        return not UID(transfer_syntax_uid).is_encapsulated
+    except ValueError:  # a private one
         return False

@@ -52,7 +52,7 @@ def decode(
         header = scanned.header
     else:
         ds = dataset.read(BytesIO(data))
-        calling = str(ds.file_meta.get("SourceApplicationEntityTitle", "")).strip()
+        calling = dataset.calling_ae_title(ds)
         header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
     if reason := admission.refuse_slice(header):
         return Decoded(header, reason=reason)
@@ -69,7 +69,9 @@ def _stored(scanned: scan.Scanned) -> codecs.Stored | None:
     header = scanned.header
     if header.rows * header.columns > dataset.MAX_PIXELS or not dataset.is_sound(scanned.rescale):
         return None
-    return codecs.stored(scanned.layout, scanned.pixel_data, scanned.fragments)
+    if scanned.pixel_data is not None:
+        return codecs.native(scanned.layout, scanned.pixel_data)
+    return codecs.encapsulated(scanned.layout, scanned.fragments or ())
 
 
 def _prepared(

@@ -59,6 +59,7 @@ _CHARACTER_SETS = {
     b"GB18030",
     b"GBK",
 }
+_FIRST = (0, b"UL", 4)  # (0002,0000) File Meta Information Group Length
 _MAX_DEPTH = 20
 _MAX_VALUE = 256  # bytes; longer than any that is regular
 _REMEMBERED = 1024  # values
@@ -144,7 +145,8 @@ def _meta(data: memoryview) -> tuple[str, str, int]:
         group, element, vr, length = _explicit(data, at)
         if group != 2:
             break
-        if (element <= last and at > 132) or vr not in _VR:
+        # The first one is what pydicom tells by whether it understands the rest.
+        if vr not in _VR or (element <= last if at > 132 else (element, vr, length) != _FIRST):
             raise _Unusual
         last = element
         start = at + 8

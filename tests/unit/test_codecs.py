@@ -58,7 +58,9 @@ def quiet_pydicom():
 
 
 def stored(scanned: scan.Scanned) -> np.ndarray | None:
-    return codecs.stored(scanned.layout, scanned.pixel_data, scanned.fragments)
+    if scanned.pixel_data is not None:
+        return codecs.native(scanned.layout, scanned.pixel_data)
+    return codecs.encapsulated(scanned.layout, scanned.fragments)
 
 
 def pydicom_has(data: bytes) -> np.ndarray:
