@@ -15,10 +15,12 @@ REPEATS = 10
 SIZE = 128  # rows and columns of an input
 
 
-def gemm_flops(device: torch.device, *, repeats: int = REPEATS) -> float:
-    """Return the FLOP/s of a bf16 matrix product, the best of some."""
+def gemm_flops(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = REPEATS
+) -> float:
+    """Return the FLOP/s of a matrix product, the best of some."""
     n = GEMM_ROWS.get(device.type, 4096)
-    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     seconds = fastest(lambda: torch.mm(a, b, out=out), device, repeats=repeats)
     return 2 * n**3 / seconds

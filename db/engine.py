@@ -82,6 +82,13 @@ def _connect_sqlite(dbapi_connection: sqlite3.Connection, record: object) -> Non
         # advise, may lose the last ones.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")  # off by default, and per connection
+        # Debian builds SQLite so that it writes zeros over all that it deletes. The inputs of a
+        # Series move to another row when it is finished: that took 35 ms for 600 slices, half of
+        # it for zeros. What was deleted may stay in the file until its page is used again.
+        cursor.execute("PRAGMA secure_delete = FAST")
+        # In pages, 32 MiB; SQLite's own 4 MiB is one Series of 600 slices, so that each of its
+        # commits waited for its pages to be copied into the database: 20 ms for a pair.
+        cursor.execute("PRAGMA wal_autocheckpoint = 8000")
     finally:
         cursor.close()
 

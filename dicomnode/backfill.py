@@ -1,5 +1,6 @@
 """Back-fill from files, through the same spool and stages as what is sent."""
 
+import contextlib
 import secrets
 import time
 from collections import Counter
@@ -59,13 +60,14 @@ def run(
                     pass
                 return _with_counts(engine, summary)
         except SpoolBusy:
-            spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
-        if not fed:
-            ends = _feed(paths, spool, summary, progress, lambda: time.sleep(LOOK_S))
-            fed = True
-        with store.opened(settings.database.url) as engine:
-            if not _is_waiting(spool, engine, ends):
-                return _with_counts(engine, summary)
+            pass
+        with contextlib.closing(Spool.of(settings.spool)) as spool:
+            if not fed:
+                ends = _feed(paths, spool, summary, progress, lambda: time.sleep(LOOK_S))
+                fed = True
+            with store.opened(settings.database.url) as engine:
+                if not _is_waiting(spool, engine, ends):
+                    return _with_counts(engine, summary)
         time.sleep(LOOK_S)  # should the node stop, the next round finds its lease free
 
 

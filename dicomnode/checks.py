@@ -60,7 +60,7 @@ def _try(name: str, call: Callable[[], str]) -> Check:
 
 
 def _spool(settings: Settings) -> str:
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+    spool = Spool.of(settings.spool)
     free, reserve = spool.free_bytes(), settings.spool.reserve_bytes
     if free <= reserve:
         raise NodeError(f"{spool.path}: {free} bytes free, {reserve} are to stay so: free some")

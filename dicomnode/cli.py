@@ -218,14 +218,16 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
     \b
     Example:  dicomnode rescore --config node.toml
     """
+    from dicomnode import device, store, weights
     from dicomnode import rescore as rescoring
-    from dicomnode import store, weights
     from dicomnode.node.score import Scorer
 
     settings = configuration.load(_config_path(config))
     own = weights.load(settings.score.model)
     bundle = weights.load(model) if model else own
-    scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+    on = weights.pick_device(settings.score.device)
+    dtype = device.pick_dtype(settings.score.dtype, bundle, on)
+    scorer = Scorer(bundle, on, settings.score.batch, dtype)
     with store.opened(settings.database.url) as engine:
         if series_uid is not None:
             with store.reading(engine) as session:
@@ -324,6 +326,25 @@ def regions(model: Path | None, config: Path | None, as_json: bool) -> None:
         _console().print(present.region_table(bundle.regions))
     if not bundle.regions:
         _nothing(f"bundle {bundle.name} has no regions: python -m training calibrate, then export")
+
+
+@main.command()
+@_config_option
+@_json_option
+def spool(config: Path | None, as_json: bool) -> None:
+    """Show what waits in the spool, slot by slot of the journal, and since when; changes nothing.
+
+    \b
+    Example:  dicomnode spool --json
+    """
+    from dicomnode import present
+    from dicomnode.spool.survey import survey
+
+    parts = survey(configuration.load(_config_path(config)).spool.path)
+    if as_json:
+        _print_json([present.spool_json(part) for part in parts])
+    else:
+        _console().print(present.spool_table(parts))
 
 
 @main.command()

@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -111,6 +111,17 @@ class SpoolSettings(_Section):
         ge=0,
         description="Free bytes to leave on that disk: below, objects are refused with 0xA700.",
     )
+    durability: Literal["journal", "file"] = Field(
+        default="journal",
+        description='How an object is written: "journal" appends it to a preallocated file, '
+        '"file" makes a file of it. Both survive a power cut; what either wrote is read.',
+    )
+    segment_bytes: int = Field(
+        default=64 << 20,
+        ge=1 << 20,
+        le=1 << 30,
+        description="Size of a file of the journal; each receiver keeps up to 6 of them.",
+    )
 
 
 class DatabaseSettings(_Section):
@@ -136,7 +147,12 @@ class ScoreSettings(_Section):
         default=None,
         description="Folder of a weight bundle; unset, the one that came with the node.",
     )
-    batch: int = Field(default=32, ge=1, le=1024, description="Slices scored at a time, at most.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description='Numbers the network works in. "auto" takes bfloat16 where the device is much '
+        "faster by it and gives the same scores, which is tried when the node starts.",
+    )
+    batch: int = Field(default=64, ge=1, le=1024, description="Slices scored at a time, at most.")
 
 
 class SeriesSettings(_Section):

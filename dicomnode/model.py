@@ -5,7 +5,7 @@ intensities HU. Each value is made whole or not at all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -116,6 +116,7 @@ class SpooledInstance:
     name: str
     association_id: str
     arrived_at: datetime
+    place: object = field(default=None, repr=False, compare=False)  # known to the spool alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class SpooledEvent:
     association_id: str
     kind: str
     arrived_at: datetime
+    place: object = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

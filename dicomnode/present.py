@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dicomnode.core import region
 from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
+from dicomnode.spool.survey import Part
 from dicomnode.store import SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
@@ -149,6 +151,34 @@ def series_table(rows: Sequence[SeriesRow]) -> Table:
             f"{row.height_mm[0]:.0f}..{row.height_mm[1]:.0f}" if row.height_mm else "",
             ", ".join(region.shown(row.coverage)),
             ", ".join([*aside, *(quality.flags if quality else ())]),
+        )
+    return table
+
+
+def spool_json(part: Part) -> JSON:
+    """Return what is in a slot or folder of the spool."""
+    values = asdict(part)
+    return values | {"oldest": part.oldest.isoformat() if part.oldest else None}
+
+
+def spool_table(parts: Sequence[Part]) -> Table:
+    """Return what waits in the spool as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("where", "writer"):
+        table.add_column(title)
+    for title in ("segments", "free", "damaged", "on disk, MB", "waiting", "MB"):
+        table.add_column(title, justify="right")
+    table.add_column("oldest")
+    for part in parts:
+        counts = (part.segments, part.free, part.damaged)
+        table.add_row(
+            part.name,
+            {None: "", True: "yes", False: "no"}[part.has_writer],
+            *("" if part.has_writer is None else str(n) for n in counts),
+            f"{part.disk_bytes / 1e6:.1f}",
+            str(part.waiting),
+            f"{part.waiting_bytes / 1e6:.1f}",
+            f"{part.oldest:%Y-%m-%d %H:%M:%S} UTC" if part.oldest else "",
         )
     return table
 

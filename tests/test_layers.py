@@ -16,13 +16,19 @@ LAYERS = (
     ("errors", "model"),
     ("core",),
     ("config", "log", "db"),
-    ("dicomio", "spool", "weights", "store", "objects", "scp"),
+    ("dicomio", "spool", "weights", "device", "store", "objects", "scp"),
     ("node",),
     ("query", "files", "backfill", "rescore", "checks", "plot", "present"),
     ("cli", "demo", "", "__main__"),
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "weights")
-IMPORTS_TORCH = ("dicomnode.core.network", "dicomnode.weights", "dicomnode.node.score")
+IMPORTS_TORCH = (
+    "dicomnode.core.batches",
+    "dicomnode.core.network",
+    "dicomnode.weights",
+    "dicomnode.device",
+    "dicomnode.node.score",
+)
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 
@@ -125,7 +131,7 @@ def test_the_database_knows_neither_node_nor_training(module):
 
 
 @pytest.mark.parametrize("module", of("dicomnode") + of("db"))
-def test_only_four_places_import_torch_when_they_are_imported(module):
+def test_only_these_import_torch_when_they_are_imported(module):
     torch = {n for n in imports_at_start(module) if within(n, "torch")}
     assert not torch or module in IMPORTS_TORCH
 

@@ -3,6 +3,7 @@
 Both take (B, 1, 128, 128) inputs as `core.preprocess` makes them and give (B,) slice scores.
 """
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -116,6 +117,33 @@ def fold(network: Regressor) -> Regressor:
     gain = network.config.gain
     folded.head.load_state_dict({k: v * gain for k, v in network.head.state_dict().items()})
     return folded
+
+
+def narrowed(network: Regressor, dtype: torch.dtype = torch.bfloat16) -> Regressor:
+    """Return a copy whose convolutions work in a narrower dtype, all but the first; to score.
+
+    The mean and the head stay in float32 as well. Over 10,998 slices of real CT bfloat16 moves
+    body heights by 0.10 mm (sd, 1.2 at most) so; with the first convolution narrowed too by 0.47
+    mm (15), and with the head by 0.64 mm: air is one value all over an image, and what rounding
+    does to it does not average out.
+    """
+    narrow = copy.deepcopy(network)
+    first, *rest = narrow.basis
+    narrow.basis = nn.Sequential(
+        first, _To(dtype), *(layer.to(dtype) for layer in rest), _To(torch.float32)
+    )
+    return narrow.eval().requires_grad_(False)
+
+
+class _To(nn.Module):
+    """Another dtype from here on."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
 
 def _basis(config: NetworkConfig) -> tuple[list[nn.Module], int]:

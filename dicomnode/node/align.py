@@ -14,7 +14,7 @@ from dicomnode.core import align
 from dicomnode.core.robust import Covariance
 from dicomnode.model import Method, Offset, OffsetStatus, ScoreCurve
 
-# Pairs a transaction: few enough that slices are not kept waiting.
+# Pairs a step: few enough that slices are not kept waiting.
 PAIRS = 50
 
 
@@ -30,10 +30,9 @@ class AlignStage:
     def step(self) -> int:
         """Store the offsets of some pending pairs, and return how many."""
         with store.reading(self.engine) as session:
-            if not store.pending_offsets(session, 1):
-                return 0
-        with store.writing(self.engine) as session:
             pending = store.pending_offsets(session, PAIRS)
+            if not pending:
+                return 0
             curves = store.curves_of(
                 session, {uid for p in pending for uid in (p.fixed_series, p.moving_series)}
             )
@@ -41,13 +40,17 @@ class AlignStage:
                 model: store.covariance_of(session, model)
                 for model in {c.model for c in curves.values()}
             }
-            for pair in pending:
-                start = time.perf_counter()
-                fixed, moving = curves[pair.fixed_series], curves[pair.moving_series]
-                offset = _align(fixed, moving, pair.method, covariances[fixed.model])
-                seconds = time.perf_counter() - start
-                store.store_offset(session, pair, offset, datetime.now(UTC), seconds)
-        return len(pending)
+        found = []
+        for pair in pending:
+            fixed, moving = curves.get(pair.fixed_series), curves.get(pair.moving_series)
+            if fixed is None or moving is None:
+                continue  # revised since the pairs were read, and the pair with it
+            start = time.perf_counter()
+            offset = _align(fixed, moving, pair.method, covariances[fixed.model])
+            found.append((pair, offset, time.perf_counter() - start))
+        with store.writing(self.engine) as session:
+            store.store_offsets(session, found, datetime.now(UTC))
+        return len(found)
 
 
 def _align(

@@ -26,6 +26,7 @@ class AssembleStage:
         self.engine = engine
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
+        self.due: datetime | None = None  # when the next open Series will have been quiet
         self._failed: dict[int, datetime] = {}  # Series -> when to try again
 
     def step(self, horizon: datetime, now: datetime) -> int:
@@ -40,11 +41,14 @@ class AssembleStage:
             The time that is stored.
         """
         with store.reading(self.engine) as session:
-            if not store.open_series(session):
-                return 0
-        with store.writing(self.engine) as session:
-            store.end_lost_associations(session, horizon, self.lost)
             waiting = store.open_series(session)
+            lost = bool(waiting) and store.has_lost_associations(session, horizon, self.lost)
+        if lost:
+            with store.writing(self.engine) as session:
+                store.end_lost_associations(session, horizon, self.lost)
+                waiting = store.open_series(session)
+        quiet_at = (store.quiet_at(series, self.quiet) for series in waiting)
+        self.due = min((at for at in quiet_at if at is not None and at > horizon), default=None)
         finished = 0
         for series in waiting:
             evidence = store.next_completion(series, horizon, self.quiet)

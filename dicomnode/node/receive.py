@@ -53,7 +53,7 @@ class Receiver:
                 'peers = [{ ae_title = "PACS", host = "10.0.0.5", port = 104 }]'
             )
         self._host, self._port = settings.node.host, settings.node.port
-        self._spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+        self._spool = Spool.of(settings.spool)
         self._ae = AE(settings.node.ae_title)
         self._ae.require_called_aet = True
         self._ae.require_calling_aet = calling
@@ -126,6 +126,7 @@ class Receiver:
         for assoc in remaining:  # a peer that broke off within a PDU keeps its thread reading
             _shut_down(assoc)
         _wait(lambda: not self._association_ids, ABORT_GRACE_S)
+        self._spool.close()
         logger.info("receiver stopped")
 
     def _handle_store(self, event: evt.Event) -> int:

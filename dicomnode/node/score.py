@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,9 +21,10 @@ from sqlalchemy import Engine
 from dicomnode import dicomio, store
 from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
+from dicomnode.device import Runner
 from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
-from dicomnode.spool import Spool
+from dicomnode.spool import Entry, Spool
 from dicomnode.weights import Bundle
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,16 @@ POISON_ATTEMPTS = 3
 class Scorer:
     """A bundle's network on its device."""
 
-    def __init__(self, bundle: Bundle, device: torch.device, batch: int) -> None:
-        self.bundle, self.device, self.batch = bundle, device, batch
-        self._network = bundle.network.to(device)
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.bundle, self.device, self.batch, self.dtype = bundle, device, batch, dtype
+        self._run = Runner(bundle, device, dtype, batch)
 
-    @torch.inference_mode()
     def score(self, inputs: Sequence[Input]) -> Scores:
         """Return the score of each input, (N,) float32; inputs are (size, size) uint8.
 
@@ -48,14 +54,8 @@ class Scorer:
         DeviceUnavailable
             If the device gives no answer, or no numbers.
         """
-        if not inputs:
-            return np.empty(0, np.float32)
         try:
-            out = []
-            for start in range(0, len(inputs), self.batch):
-                x = torch.from_numpy(np.stack(inputs[start : start + self.batch]))[:, None]
-                out.append(self._network(x.to(self.device)))  # (B, 1, 128, 128) -> (B,)
-            scores = torch.cat(out).float().cpu().numpy()
+            scores = self._run(inputs)
         except RuntimeError as exc:
             raise DeviceUnavailable(f"{self.device}: {str(exc).splitlines()[0]}") from exc
         if not np.isfinite(scores).all():
@@ -69,10 +69,32 @@ class Taken:
 
     instances: int
     until: datetime | None  # arrival of the newest entry dealt with; None: the spool is empty
+    last: bool = False  # whether nothing more waited behind
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one Frame of a spooled Instance holds, and its input as it is kept."""
+
+    decoded: dicomio.Decoded
+    preview: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Instances that are decoded together, while the batch before them is scored and stored."""
+
+    entries: list[SpooledInstance]
+    attempts: int  # the last one included
+    read: "list[Future[list[Read] | DicomError]]"  # parallel to entries
 
 
 class ScoreStage:
-    """Takes from one spool, under its lease."""
+    """Takes from one spool, under its lease.
+
+    One thread scores and stores; the others decode. With a backlog the next batch is decoded
+    meanwhile: that is as far ahead as it goes, so that memory stays flat.
+    """
 
     def __init__(
         self,
@@ -89,14 +111,23 @@ class ScoreStage:
         # Decoding is parallel by slice; matrix products that fork threads of their own inside
         # it made it three times slower.
         self._limits = threadpoolctl.threadpool_limits(1, "blas")
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count(), "decode")
+        cores = len(os.sched_getaffinity(0))
+        # A core is left to the thread that scores. Two that decode, on two cores, took turns at the
+        # interpreter's lock: 410 slices/s, where one gave 500.
+        self._pool = ThreadPoolExecutor(threads or max(1, cores - 1), "decode")
+        # Threads of torch wait for each other by spinning: two of them beside one that decodes, on
+        # two cores, took 3.4 ms of CPU a slice, one takes 0.6.
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, cores // 4))
+        self._ahead: Batch | None = None
         self._in_flight = spool.path / ".in-flight.json"
         self._suspects = self._read_in_flight()
 
     def close(self) -> None:
         """Let the decoding threads end."""
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
         self._limits.restore_original_limits()
+        torch.set_num_threads(self._torch_threads)
 
     def step(self) -> Taken:
         """Deal with the oldest entries, one batch at most, and say how far that got.
@@ -106,68 +137,108 @@ class ScoreStage:
         StoreUnavailable, DeviceUnavailable
             Nothing is lost: the same entries come again.
         """
-        entries = self.spool.pending(self.scorer.batch)
-        if not entries:
-            return Taken(0, None)
-        if isinstance(entries[0], SpooledEvent):
-            self._end(entries[0])
-            return Taken(0, entries[0].arrived_at)
-        batch: list[SpooledInstance] = []
-        for entry in entries:  # up to the next event: what ended is noted after all it brought
-            if isinstance(entry, SpooledEvent):
-                break
-            batch.append(entry)
-        # What was in flight when the worker died goes alone, so that the one that did it is known.
-        if any(entry.name in self._suspects for entry in batch):
-            batch = batch[:1]
-        attempts = self._suspects.get(batch[0].name, 0) + 1 if len(batch) == 1 else 1
-        self._write_in_flight(batch, attempts)
-        if attempts > POISON_ATTEMPTS:
-            self._put_aside(batch[0], Reason.CORRUPT, "it stopped the worker")
+        batch, self._ahead = self._ahead, None
+        taken = {entry.name for entry in batch.entries} if batch else set()
+        waiting = self.spool.pending(2 * self.scorer.batch)
+        waiting = [entry for entry in waiting if entry.name not in taken]
+        if batch is None:
+            if not waiting:
+                return Taken(0, None)
+            if isinstance(waiting[0], SpooledEvent):
+                self._end(waiting[0])
+                return Taken(0, waiting[0].arrived_at)
+            batch = self._first(waiting)
+            waiting = waiting[len(batch.entries) :]
+        ahead = self._ahead_of(waiting)
+        self._write_in_flight(batch, ahead)
+        try:
+            self._start(batch)
+            self._start(ahead)
+            self._finish(batch)
+        except TransientError:
+            self._wait(batch, ahead)
+            self._in_flight.unlink(missing_ok=True)  # none of these did it
+            raise
+        except Exception:
+            # One of these did it: next time each goes alone, and is counted.
+            self._wait(batch, ahead)
+            self._suspects |= {entry.name: batch.attempts for entry in batch.entries}
+            raise
+        self._suspects.pop(batch.entries[0].name, None)
+        if ahead.entries:
+            self._ahead = ahead
         else:
-            try:
-                self._take(batch)
-            except TransientError:
-                self._in_flight.unlink(missing_ok=True)  # none of these did it
-                raise
-            except Exception:
-                # One of these did it: next time each goes alone, and is counted.
-                self._suspects |= {entry.name: attempts for entry in batch}
-                raise
-        self._suspects.pop(batch[0].name, None)
-        self._in_flight.unlink(missing_ok=True)
-        return Taken(len(batch), batch[-1].arrived_at)
+            self._in_flight.unlink(missing_ok=True)
+        return Taken(len(batch.entries), batch.entries[-1].arrived_at, not waiting)
 
-    def _take(self, batch: list[SpooledInstance]) -> None:
-        decoded = list(self._pool.map(self._decode, batch))
+    def _first(self, waiting: list[Entry]) -> Batch:
+        """Return the oldest Instances, up to the next event, as a batch."""
+        entries = _up_to_event(waiting[: self.scorer.batch])
+        # What was in flight when the worker died goes alone, so that the one that did it is known.
+        if any(entry.name in self._suspects for entry in entries):
+            entries = entries[:1]
+            return Batch(entries, self._suspects.get(entries[0].name, 0) + 1, [])
+        self._suspects.clear()  # they are the oldest, or they are gone
+        return Batch(entries, 1, [])
+
+    def _ahead_of(self, waiting: list[Entry]) -> Batch:
+        """Return the batch to decode meanwhile: a full one, or none, so that batches fill up."""
+        entries = _up_to_event(waiting[: self.scorer.batch])
+        alone = bool(self._suspects) or len(entries) < self.scorer.batch
+        return Batch([] if alone else entries, 1, [])
+
+    def _start(self, batch: Batch) -> None:
+        if not batch.read and batch.attempts <= POISON_ATTEMPTS:
+            batch.read.extend(self._pool.submit(self._read, entry) for entry in batch.entries)
+
+    def _wait(self, *batches: Batch) -> None:
+        """Wait until nothing of these is decoded any more: what comes next is a new attempt."""
+        futures = [future for batch in batches for future in batch.read]
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+    def _finish(self, batch: Batch) -> None:
+        if batch.attempts > POISON_ATTEMPTS:
+            self._put_aside(batch.entries[0], Reason.CORRUPT, "it stopped the worker")
+        else:
+            self._store(batch.entries, [future.result() for future in batch.read])
+
+    def _store(
+        self, entries: list[SpooledInstance], read: Sequence[list[Read] | DicomError]
+    ) -> None:
+        """Score what was decoded, store it, and let go of the entries, in this order."""
         inputs = [
-            d.input for d in decoded if isinstance(d, dicomio.Decoded) and d.input is not None
+            frame.decoded.input
+            for frames in read
+            if not isinstance(frames, DicomError)
+            for frame in frames
+            if frame.decoded.input is not None
         ]
-        scores = iter(self.scorer.score(inputs))
-        previews = iter(self._pool.map(preview.pack, inputs) if self.keep_inputs else ())
+        scores = iter(self.scorer.score(inputs).tolist())
         now = datetime.now(UTC)  # no arrival lies later, whatever the clock was then
         results: list[store.SliceResult] = []
         aside: list[tuple[SpooledInstance, Reason, str]] = []
-        for entry, d in zip(batch, decoded, strict=True):
-            if isinstance(d, DicomError):
-                aside.append((entry, d.reason, str(d)))
+        for entry, frames in zip(entries, read, strict=True):
+            if isinstance(frames, DicomError):
+                aside.append((entry, frames.reason, str(frames)))
                 continue
-            score = float(next(scores)) if d.input is not None else None
-            kept = next(previews, None) if d.input is not None else None
-            if d.reason is not None and d.reason.state is SeriesState.QUARANTINED:
-                aside.append((entry, d.reason, d.detail))
-            if d.reason is not Reason.BAD_UID:  # a UID that is none names no Series
-                results.append(
-                    store.SliceResult(
-                        d.header,
-                        entry.association_id,
-                        min(entry.arrived_at, now),
-                        score,
-                        d.reason,
-                        d.body_centre_mm,
-                        kept,
-                    )
+            unsound = [f.decoded for f in frames if _is_unsound(f.decoded.reason)]
+            if unsound and unsound[0].reason is not None:
+                aside.append((entry, unsound[0].reason, unsound[0].detail))
+            results += [
+                store.SliceResult(
+                    frame.decoded.header,
+                    entry.association_id,
+                    min(entry.arrived_at, now),
+                    next(scores) if frame.decoded.input is not None else None,
+                    frame.decoded.reason,
+                    frame.decoded.body_centre_mm,
+                    frame.preview,
                 )
+                for frame in frames
+                if frame.decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series
+            ]
         with store.writing(self.engine) as session:
             store.record_slices(session, self.scorer.bundle.digest, results)
             for entry, reason, detail in aside:
@@ -177,7 +248,17 @@ class ScoreStage:
             logger.warning(
                 "instance quarantined", extra={"file": entry.name, "reason": str(reason)}
             )
-        self.spool.remove(*batch)
+        self.spool.remove(*entries)
+
+    def _read(self, entry: SpooledInstance) -> list[Read] | DicomError:
+        """Return what an Instance holds, Frame by Frame, or what is wrong with it."""
+        decoded = self._decode(entry)
+        if isinstance(decoded, DicomError):
+            return decoded
+        return [
+            Read(d, preview.pack(d.input) if self.keep_inputs and d.input is not None else None)
+            for d in [decoded]
+        ]
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
         try:
@@ -213,10 +294,22 @@ class ScoreStage:
         except (OSError, ValueError, AttributeError):
             return {}
 
-    def _write_in_flight(self, batch: list[SpooledInstance], attempts: int) -> None:
+    def _write_in_flight(self, *batches: Batch) -> None:
         # Suspects that still wait keep their count; not synced: a power cut is no poison.
-        names = {**self._suspects, **{entry.name: attempts for entry in batch}}
+        names = dict(self._suspects)
+        for batch in batches:
+            names |= {entry.name: batch.attempts for entry in batch.entries}
         partial = Path(f"{self._in_flight}.part")
         with contextlib.suppress(OSError):  # on a full disk, going on is what frees it
             partial.write_text(json.dumps(names))
             os.replace(partial, self._in_flight)
+
+
+def _up_to_event(entries: list[Entry]) -> list[SpooledInstance]:
+    """Return Instances before the next event: what ended is noted after all it brought."""
+    end = next((i for i, e in enumerate(entries) if isinstance(e, SpooledEvent)), len(entries))
+    return [entry for entry in entries[:end] if isinstance(entry, SpooledInstance)]
+
+
+def _is_unsound(reason: Reason | None) -> bool:
+    return reason is not None and reason.state is SeriesState.QUARANTINED

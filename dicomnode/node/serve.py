@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -24,7 +25,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 PARTS = ("receive", "work")
-IDLE_S = 0.2  # between looks at an empty spool
+LOOK_S = 1.0  # between looks for complete Series and pairs, where nothing says that there are
+IDLE_S = 0.5  # a worker without work looks so often whether it is to stop
+# Less than a batch waits so long for company: one by one, slices took 4 ms of CPU each.
+COMPANY_S = 0.02
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after an error; the last one again and again
 TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
 FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
@@ -41,14 +45,16 @@ class Worker:
     """
 
     def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
-        from dicomnode import weights
+        from dicomnode import device, weights
         from dicomnode.node.align import AlignStage
         from dicomnode.node.assemble import AssembleStage
         from dicomnode.node.prune import PruneStage
         from dicomnode.node.score import Scorer, ScoreStage
 
         bundle = weights.load(settings.score.model)
-        scorer = Scorer(bundle, weights.pick_device(settings.score.device), settings.score.batch)
+        on = weights.pick_device(settings.score.device)
+        dtype = device.pick_dtype(settings.score.dtype, bundle, on)
+        scorer = Scorer(bundle, on, settings.score.batch, dtype)
         issuers = {peer.ae_title: peer.default_issuer for peer in settings.node.peers}
         issuers[""] = settings.node.default_issuer
         with store.writing(engine) as session:
@@ -61,10 +67,18 @@ class Worker:
         )
         self._align = AlignStage(engine)
         self._prune = PruneStage(engine, days)
-        self._assembled_at = self._pruned_at = 0.0
+        self._batch = settings.score.batch
+        self._assembled_at = self._aligned_at = self._pruned_at = -math.inf
+        self._pairs_wait = False
+        self.is_alone = False  # whether the last step took a few slices, and all there were
         logger.info(
             "worker started",
-            extra={"model": bundle.name, "digest": bundle.digest, "device": str(scorer.device)},
+            extra={
+                "model": bundle.name,
+                "digest": bundle.digest,
+                "device": str(on),
+                "dtype": str(dtype).removeprefix("torch."),
+            },
         )
         if stale:
             logger.warning("curves of another bundle", extra={"curves": stale})
@@ -79,24 +93,40 @@ class Worker:
         0 means that nothing is left to do, except that open Series may become quiet.
         """
         taken = self._score.step()
+        self.is_alone = taken.last and 0 < taken.instances < self._batch
         done = taken.instances + (taken.until is not None)
         now = datetime.now(UTC)
+        horizon = taken.until or now
         # With a backlog, looking for complete Series after every batch would be waste.
-        if taken.until is None or time.monotonic() - self._assembled_at > 1.0:
+        is_due = self._assemble.due is not None and horizon >= self._assemble.due
+        finished = 0
+        if taken.until is None or is_due or time.monotonic() - self._assembled_at > LOOK_S:
             self._assembled_at = time.monotonic()
-            done += self._assemble.step(taken.until or now, now)
-        done += self._align.step()
+            finished = self._assemble.step(horizon, now)
+        if finished or self._pairs_wait or time.monotonic() - self._aligned_at > LOOK_S:
+            self._aligned_at = time.monotonic()
+            aligned = self._align.step()
+            self._pairs_wait = aligned > 0
+            done += aligned
+        done += finished
         if not done and time.monotonic() - self._pruned_at > PRUNE_S:
             done += self._prune.step(now)
             if not done:
                 self._pruned_at = time.monotonic()
         return done
 
+    def idle_s(self) -> float:
+        """Return the seconds until an open Series becomes quiet, or to look again anyway."""
+        if self._assemble.due is None:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, (self._assemble.due - datetime.now(UTC)).total_seconds()))
+
 
 def work(settings: Settings, stop: threading.Event) -> None:
     """Work until `stop` is set; errors of the database or device are waited out."""
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
+    spool = Spool.of(settings.spool)
     with contextlib.ExitStack() as stack:
+        stack.callback(spool.close)
         # After a kill, what an earlier node left running needs a moment to notice and end.
         _take_over(lambda: stack.enter_context(spool.lease()), stop)
         # The database may come up after the node: its absence is waited out as well.
@@ -111,7 +141,9 @@ def work(settings: Settings, stop: threading.Event) -> None:
         stack.callback(worker.close)
         while not stop.is_set():
             if not _persist(worker.step, stop):
-                stop.wait(IDLE_S)
+                spool.wait(worker.idle_s())
+            elif worker.is_alone:
+                stop.wait(COMPANY_S)
 
 
 @contextlib.contextmanager
@@ -123,8 +155,12 @@ def opened_worker(settings: Settings) -> Iterator[tuple[Worker, Spool, Engine]]:
     SpoolBusy
         If another worker is at that spool.
     """
-    spool = Spool(settings.spool.path, settings.spool.reserve_bytes)
-    with spool.lease(), store.opened(settings.database.url, create=True) as engine:
+    spool = Spool.of(settings.spool)
+    with (
+        contextlib.closing(spool),
+        spool.lease(),
+        store.opened(settings.database.url, create=True) as engine,
+    ):
         worker = Worker(settings, spool, engine)
         try:
             yield worker, spool, engine

@@ -24,13 +24,15 @@ from dicomnode.store.intake import (
     end_association,
     end_lost_associations,
     finish_series,
+    has_lost_associations,
     next_completion,
     open_series,
+    quiet_at,
     record_model,
     record_quarantined,
     record_slices,
 )
-from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
+from dicomnode.store.pairs import offsets_of, pending_offsets, store_offsets, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
@@ -67,6 +69,7 @@ __all__ = [
     "end_lost_associations",
     "exchange_scores",
     "finish_series",
+    "has_lost_associations",
     "heights_of",
     "is_waiting",
     "kept_inputs",
@@ -80,6 +83,7 @@ __all__ = [
     "opened",
     "pending_offsets",
     "prune_previews",
+    "quiet_at",
     "reading",
     "record_model",
     "record_quarantined",
@@ -87,7 +91,7 @@ __all__ = [
     "regions_of",
     "sqlite_file",
     "stale_series",
-    "store_offset",
+    "store_offsets",
     "trust",
     "writing",
 ]

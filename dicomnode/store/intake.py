@@ -6,20 +6,21 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
-from dicomnode.store.rows import array, body_centres, curve_row, instances, scored_slice
-from dicomnode.store.session import insert, upsert
+from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
+from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
-# A slice sent again is the same slice when its score agrees this well: batches of another
-# size differ in the last bits, another image by far more.
-SAME_SCORE = 0.02
+# A slice sent again is the same slice when its score agrees this well: a node that was moved to
+# another device may score in another dtype, which changes scores of real CT by up to 0.12
+# (1.2 mm), another image by far more.
+SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
 
@@ -65,12 +66,19 @@ def end_lost_associations(session: Session, now: datetime, after: timedelta) -> 
     One whose last slice lies further in the future than that stems from before the clock was
     set back.
     """
+    session.execute(update(schema.Arrival).where(_is_lost(now, after)).values(ended="lost"))
+
+
+def has_lost_associations(session: Session, now: datetime, after: timedelta) -> bool:
+    """Whether `end_lost_associations` would find one."""
+    query = select(schema.Arrival.series_id).where(_is_lost(now, after)).limit(1)
+    return session.scalar(query) is not None
+
+
+def _is_lost(now: datetime, after: timedelta) -> ColumnElement[bool]:
     last_at = schema.Arrival.last_at
-    session.execute(
-        update(schema.Arrival)
-        .where(schema.Arrival.ended.is_(None), or_(last_at < now - after, last_at > now + after))
-        .values(ended="lost")
-    )
+    silent = or_(last_at < now - after, last_at > now + after)
+    return and_(schema.Arrival.ended.is_(None), silent)
 
 
 def record_quarantined(
@@ -115,6 +123,14 @@ def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evid
     return Evidence.ASSOCIATION_LOST if lost else Evidence.RELEASED_AND_QUIET
 
 
+def quiet_at(series: OpenSeries, quiet: timedelta) -> datetime | None:
+    """Return when a Series will have been quiet for long enough, should nothing more arrive.
+
+    None while an association that carried it goes on.
+    """
+    return None if None in series.ends else series.last_arrival_at + quiet
+
+
 def claim_series(session: Session, series_id: int) -> Claimed | None:
     """Lock an open Series and return its slices; None where another worker has it."""
     query = select(schema.Series.id).where(
@@ -128,13 +144,13 @@ def claim_series(session: Session, series_id: int) -> Claimed | None:
 
 def claimed_slices(session: Session, series_id: int) -> Claimed:
     """Return the slices of an open Series, those of one bundle apart from the rest."""
-    rows = session.scalars(select(schema.Slice).where(schema.Slice.series_id == series_id)).all()
+    rows = session.execute(SLICES.where(schema.Slice.series_id == series_id)).all()
     models = [str(r.model) for r in rows if r.reason is None]
     # A bundle was exchanged while the Series was open: scores of two bundles do not compare.
     model = max(sorted(set(models)), key=models.count, default=None)
     scored = [r for r in rows if r.reason is None and r.model == model]
     aside = {r.sop_instance_uid: str(r.reason) for r in rows if r.reason is not None}
-    return Claimed(tuple(map(scored_slice, scored)), aside, model, len(models) - len(scored))
+    return Claimed(scored_slices(scored), aside, model, len(models) - len(scored))
 
 
 def finish_series(
@@ -161,14 +177,17 @@ def finish_series(
     series.finished_at = now
     series.set_aside = claimed.set_aside
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
-    _delete_slices(session, series_id, claimed.set_aside)
     _drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
+        _delete_slices(session, series_id, claimed.set_aside)
         series.state, series.reason = outcome.reason.state, outcome.reason
         return 0
     series.state, series.reason = SeriesState.CURVE, None
     keep_previews(session, series, zip(outcome.sop_instance_uids, outcome.frames, strict=True))
-    _delete_slices(session, series_id, outcome.sop_instance_uids)
+    if len(outcome.frames) == len(claimed.slices) and not claimed.other_model:
+        _delete_slices(session, series_id)
+    else:
+        _delete_slices(session, series_id, [*claimed.set_aside, *outcome.sop_instance_uids])
     placed = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
     kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
     session.add(curve_row(series, outcome, kept, now))
@@ -211,21 +230,14 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
         series.modality = "CT"  # something else shares the Series: the CT names it
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
     refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
-    if scored:
-        upsert(session, schema.Slice, scored)
-    if refused:  # a damaged copy does not take the place of a sound one
-        session.execute(insert(session, schema.Slice).values(refused).on_conflict_do_nothing())
+    upsert(session, schema.Slice, scored)
+    insert_new(session, schema.Slice, refused)  # a damaged copy takes no sound one's place
+    last_at = {r.association_id: r.arrived_at for r in results or [newest]}
     arrivals = [
-        {
-            "series_id": series.id,
-            "association_id": r.association_id,
-            "last_at": r.arrived_at,
-            "ended": None,
-        }
-        for r in results or [newest]
+        {"series_id": series.id, "association_id": a, "last_at": at, "ended": None}
+        for a, at in last_at.items()
     ]
     upsert(session, schema.Arrival, arrivals)
-    session.flush()
     series.received = (
         session.scalar(
             select(func.count())
@@ -237,6 +249,14 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
 
 
 def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:
+    query = (
+        select(schema.Series)
+        .where(schema.Series.series_uid == header.series_uid)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if (known := session.scalars(query).one_or_none()) is not None:
+        return known
     session.execute(
         insert(session, schema.Series)
         .values(
@@ -257,12 +277,7 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
         )
         .on_conflict_do_nothing()
     )
-    return session.scalars(
-        select(schema.Series)
-        .where(schema.Series.series_uid == header.series_uid)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).one()
+    return session.scalars(query).one()
 
 
 def _known_slices(session: Session, series: schema.Series) -> dict[str, _Known]:
@@ -355,8 +370,12 @@ def _finite(values: tuple[float, ...] | None) -> list[float] | None:
     return list(values) if values and np.isfinite(values).all() else None
 
 
-def _delete_slices(session: Session, series_id: int, uids: Iterable[str]) -> None:
+def _delete_slices(session: Session, series_id: int, uids: Iterable[str] | None = None) -> None:
+    """Delete the slice rows of some Instances of a Series, or of all."""
     rows = delete(schema.Slice).where(schema.Slice.series_id == series_id)
+    if uids is None:
+        session.execute(rows)
+        return
     # In parts: SQLite takes 32,766 parameters in a statement.
     for part in _parts(sorted(uids), 10_000):
         session.execute(rows.where(schema.Slice.sop_instance_uid.in_(part)))

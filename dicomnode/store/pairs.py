@@ -1,8 +1,10 @@
 """Offsets: which pairs wait for one, and what was found."""
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, exists, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from db import schema
@@ -76,30 +78,72 @@ def pending_offsets(session: Session, limit: int) -> list[PendingOffset]:
     return [PendingOffset(i, Method(m), f, v, fr, vr) for i, m, f, v, fr, vr in rows]
 
 
-def store_offset(
-    session: Session, pending: PendingOffset, offset: Offset, now: datetime, seconds: float
+def store_offsets(
+    session: Session, found: Sequence[tuple[PendingOffset, Offset, float]], now: datetime
 ) -> None:
-    """Store the offset of a pair, unless one of its curves was revised meanwhile."""
-    row = session.get(schema.Offset, pending.id, with_for_update=True, populate_existing=True)
-    if row is None:
+    """Store offsets and the seconds that each took, but for curves that were revised meanwhile.
+
+    Those wait, to be computed from the curves of today.
+    """
+    if not found:
         return
-    fixed = session.get_one(schema.Series, row.fixed_series_id, populate_existing=True)
-    moving = session.get_one(schema.Series, row.moving_series_id, populate_existing=True)
-    if (fixed.series_uid, fixed.revision, moving.series_uid, moving.revision) != (
-        pending.fixed_series,
-        pending.fixed_revision,
-        pending.moving_series,
-        pending.moving_revision,
-    ):
-        return  # it waits, to be computed from the curves of today
-    row.status = offset.status
-    row.offset_mm, row.overlap_mm, row.sigma_mm = (
-        offset.offset_mm,
-        offset.overlap_mm,
-        offset.sigma_mm,
+    rows = [
+        {
+            "offset_id": pending.id,
+            "fixed_uid": pending.fixed_series,
+            "fixed_at": pending.fixed_revision,
+            "moving_uid": pending.moving_series,
+            "moving_at": pending.moving_revision,
+            "status": offset.status,
+            "offset_mm": offset.offset_mm,
+            "overlap_mm": offset.overlap_mm,
+            "sigma_mm": offset.sigma_mm,
+            "dx_mm": offset.dx_mm,
+            "dy_mm": offset.dy_mm,
+            "reason": offset.reason,
+            "computed_at": now,
+            "seconds": seconds,
+        }
+        for pending, offset, seconds in found
+    ]
+    session.connection().execute(_STORE, rows)
+
+
+def _unrevised(series_id: Any, name: str) -> Any:
+    series = aliased(schema.Series)
+    return exists().where(
+        series.id == series_id,
+        series.series_uid == bindparam(f"{name}_uid"),
+        series.revision == bindparam(f"{name}_at"),
     )
-    row.dx_mm, row.dy_mm, row.reason = offset.dx_mm, offset.dy_mm, offset.reason
-    row.computed_at, row.seconds = now, seconds
+
+
+# A revision deletes the rows of its pairs with its curve: on Postgres this waits for it, and then
+# finds nothing to store.
+_STORE = (
+    update(schema.Offset)
+    .where(
+        schema.Offset.id == bindparam("offset_id"),
+        _unrevised(schema.Offset.fixed_series_id, "fixed"),
+        _unrevised(schema.Offset.moving_series_id, "moving"),
+    )
+    .values(
+        {
+            name: bindparam(name)
+            for name in (
+                "status",
+                "offset_mm",
+                "overlap_mm",
+                "sigma_mm",
+                "dx_mm",
+                "dy_mm",
+                "reason",
+                "computed_at",
+                "seconds",
+            )
+        }
+    )
+)
 
 
 def offsets_of(

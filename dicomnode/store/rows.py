@@ -2,10 +2,12 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import numpy as np
+from sqlalchemy import Text, cast, select
 
 from db import schema
 from dicomnode.core import region
@@ -140,18 +142,43 @@ def stored_offset(
     )
 
 
-def scored_slice(row: schema.Slice) -> ScoredSlice:
-    """Return a slice that has a score."""
-    assert row.score is not None and row.image_position and row.image_orientation
-    return ScoredSlice(
-        sop_instance_uid=row.sop_instance_uid,
-        frame=row.frame,
-        image_position=tuple(row.image_position),
-        image_orientation=tuple(row.image_orientation),
-        score=row.score,
-        frame_of_reference_uid=row.frame_of_reference_uid,
-        body_centre_mm=(row.body_centre[0], row.body_centre[1]) if row.body_centre else None,
+# What is read of a slice to finish its Series: all but its input. Lists stay text, since
+# `scored_slices` reads those of all rows at once, in an eighth of the time.
+SLICES = select(
+    schema.Slice.sop_instance_uid,
+    schema.Slice.frame,
+    schema.Slice.model,
+    schema.Slice.score,
+    schema.Slice.reason,
+    cast(schema.Slice.image_position, Text),
+    cast(schema.Slice.image_orientation, Text),
+    schema.Slice.frame_of_reference_uid,
+    cast(schema.Slice.body_centre, Text),
+)
+
+
+def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
+    """Return slices that have a score, of rows of `SLICES`."""
+    positions, orientations, centres = (_lists(rows, column) for column in (5, 6, 8))
+    return tuple(
+        ScoredSlice(
+            sop_instance_uid=row[0],
+            frame=row[1],
+            image_position=tuple(position),
+            image_orientation=tuple(orientation),
+            score=row[3],
+            frame_of_reference_uid=row[7],
+            body_centre_mm=(centre[0], centre[1]) if centre else None,
+        )
+        for row, position, orientation, centre in zip(
+            rows, positions, orientations, centres, strict=True
+        )
     )
+
+
+def _lists(rows: Sequence[Any], column: int) -> list[Any]:
+    lists: list[Any] = json.loads(f"[{','.join(row[column] or 'null' for row in rows)}]")
+    return lists
 
 
 def quality_of(row: schema.Curve) -> Quality:

@@ -136,4 +136,4 @@ def assert_all_in_curves(node: Node, scans: list[Scan]) -> None:
         assert row is not None and row.set_aside == {}
         assert node.curve_uids(made.series_uid) == made.uids
     assert node.quarantined() == {}
-    assert not list((node.spool.path / "incoming").glob("*.dcm"))
+    assert node.spool.pending(1) == []

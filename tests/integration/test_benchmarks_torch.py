@@ -24,7 +24,8 @@ def test_flops_are_those_counted_by_hand():
 
 def test_a_matrix_product_is_timed(monkeypatch):
     monkeypatch.setitem(peak.GEMM_ROWS, "cpu", 256)
-    assert 1e8 < peak.gemm_flops(torch.device("cpu"), repeats=3) < 1e15
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e8 < peak.gemm_flops(torch.device("cpu"), dtype, repeats=3) < 1e15
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,16 @@ def test_a_share_of_peak_is_flops_by_time(trained):
 def test_the_benchmark_of_scoring_needs_only_numpy_torch_and_click():
     done = call("-c", ALONE, "benchmarks.score", "--quick", "--json", "--device", "cpu")
     result = json.loads(done.stdout)
-    assert {(r["network"], r["dtype"], r["batch"]) for r in result["rows"]} == {
-        (network, dtype, batch)
+    assert {(r["network"], r["dtype"], r["source"], r["batch"]) for r in result["rows"]} == {
+        (network, dtype, source, batch)
         for network in ("vgg16", "compact")
         for dtype in ("float32", "bfloat16")
+        for source in ("inputs", "hu")
         for batch in (1, 4)
     }
     for row in result["rows"]:
         assert row["ms_per_slice"] > 0 and row["share_of_peak"] > 0
+        assert row["how"] == "eager"
     assert result["preprocess_ms"] is None
     assert "pydicom" in result["preprocess_skipped"]
 

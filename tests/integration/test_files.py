@@ -250,7 +250,7 @@ def test_a_back_fill_goes_from_files_to_offsets(archive, settings):
     assert (summary.files, summary.skipped, summary.curves) == (FILES, {"no DICOM": 1}, 2)
     assert told == [1] * (FILES + 1)
     assert_filled(settings)
-    assert list((settings.spool.path / "incoming").iterdir()) == []
+    assert Spool(settings.spool.path).pending(1) == []
 
 
 def test_a_back_fill_repeated_changes_nothing(archive, settings):
@@ -264,11 +264,12 @@ def test_a_back_fill_repeated_changes_nothing(archive, settings):
 
 def test_a_back_fill_does_not_fill_the_spool(archive, settings, monkeypatch):
     monkeypatch.setattr(backfill, "AHEAD", 6)
+    spool = Spool(settings.spool.path)
     most = 0
 
     def watch(count: int) -> None:
         nonlocal most
-        most = max(most, len(list((settings.spool.path / "incoming").iterdir())))
+        most = max(most, len(spool.pending(100)))
 
     assert backfill.run([archive], settings, watch).files == FILES
     assert most <= 6 + 1  # the end of a folder comes on top

@@ -333,7 +333,7 @@ def test_store_answers_a700_when_the_spool_is_full(settings, tmp_path):
 
 
 def test_store_answers_a700_when_the_spool_is_gone(receiver, spool, caplog):
-    shutil.rmtree(spool.path / "incoming")
+    shutil.rmtree(spool.path / "journal")
     assert store(receiver.port, ct_dataset()) == 0xA700
     (record,) = (record for record in caplog.records if record.name == receive.logger.name)
     assert record.message == "instance refused"
@@ -556,7 +556,7 @@ def test_the_log_of_a_process_holds_nothing_of_a_patient(settings, spool):
     assert eventually(lambda: len(ends(spool)) == 2)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    shutil.move(spool.path / "incoming", spool.path / "moved")
+    shutil.move(spool.path / "journal", spool.path / "moved")
     assert store(port, ct_dataset()) == 0xA700
 
     process.send_signal(signal.SIGTERM)

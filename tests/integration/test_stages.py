@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -246,7 +247,7 @@ def test_no_more_than_a_batch_is_taken_at_a_time(spool, node, stage):
     assert stage.step() == Taken(BATCH, arrived[BATCH - 1])
     assert received(node) == {SERIES: BATCH}
     assert len(spool.pending(100)) == 12 - BATCH
-    assert stage.step() == Taken(12 - BATCH, arrived[-1])
+    assert stage.step() == Taken(12 - BATCH, arrived[-1], last=True)
     assert stage.step() == Taken(0, None)
 
 
@@ -403,6 +404,111 @@ def test_a_scorer_takes_more_inputs_than_a_batch(bundle):
     assert scorer.score([]).shape == (0,)
 
 
+# Ahead
+
+
+class Watched(ScoreStage):
+    """Notes what is decoded, in order."""
+
+    def __init__(self, *arguments: Any, **values: Any) -> None:
+        super().__init__(*arguments, **values)
+        self.decoded: list[str] = []
+
+    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+        self.decoded.append(entry.name)
+        return super()._decode(entry)
+
+
+class Patient(Scorer):
+    """Scores only once the batch behind is being decoded, as a slow device would."""
+
+    stage: Watched
+    waits_for: set[str]
+
+    def score(self, inputs: Any) -> Scores:
+        deadline = time.monotonic() + 20
+        while not self.waits_for <= set(self.stage.decoded):
+            assert time.monotonic() < deadline, "nothing is decoded meanwhile"
+            time.sleep(0.001)
+        return super().score(inputs)
+
+
+@on_sqlite
+def test_the_next_batch_is_decoded_while_one_is_scored(spool, node, bundle, build):
+    put_scan(spool, SERIES, range(20))
+    names = [entry.name for entry in spool.pending(100)]
+    scorer = Patient(bundle, torch.device("cpu"), BATCH)
+    stage = scorer.stage = build(Watched, scorer=scorer)
+    scorer.waits_for = set(names[: 2 * BATCH])
+    assert stage.step().instances == BATCH
+    assert received(node) == {SERIES: BATCH}
+    assert set(stage.decoded) == set(names[: 2 * BATCH]), "and no further"
+    assert [entry.name for entry in spool.pending(100)] == names[BATCH:]
+    drain(stage)
+    assert received(node) == {SERIES: 20}
+    assert sorted(stage.decoded) == names, "each once"
+
+
+@on_sqlite
+def test_what_is_less_than_a_batch_waits_for_company(spool, node, build):
+    put_scan(spool, SERIES, range(BATCH + 3))
+    stage = build(Watched)
+    assert stage.step().instances == BATCH
+    assert len(stage.decoded) == BATCH
+    put_scan(spool, PRIOR, range(2))
+    assert stage.step().instances == 5
+
+
+@on_sqlite
+def test_the_end_of_an_association_is_not_run_ahead_of(spool, node, stage):
+    put_scan(spool, SERIES, range(BATCH))
+    spool.put_event(A, "released")
+    put_scan(spool, PRIOR, range(BATCH))
+    assert stage.step().instances == BATCH
+    assert ends(node) == {SERIES: (None,)}
+    assert stage.step().instances == 0
+    assert ends(node) == {SERIES: ("released",)}
+    assert stage.step().instances == BATCH
+    assert ends(node)[PRIOR] == (None,)
+
+
+@on_sqlite
+def test_a_batch_ahead_comes_again_when_the_device_fails(spool, node, bundle, build):
+    put_scan(spool, SERIES, range(20))
+    waiting = spool.pending(100)
+    stage = build(scorer=BrokenScorer(bundle, torch.device("cpu"), BATCH))
+    for _ in range(3):
+        with pytest.raises(DeviceUnavailable):
+            stage.step()
+        assert spool.pending(100) == waiting
+        assert not (spool.path / ".in-flight.json").exists()
+    stage.scorer = Scorer(bundle, torch.device("cpu"), BATCH)
+    drain(stage)
+    assert received(node) == {SERIES: 20}
+    assert kept(spool) == {}
+    assert not (spool.path / ".in-flight.json").exists()
+
+
+@on_sqlite
+def test_an_input_gets_its_own_score(spool, node, bundle, build):
+    """Slices without an input stand between; another batch size gives the same bits."""
+    found = []
+    for batch in (5, 64):
+        series = f"{SERIES}.{batch}"
+        for level in range(LEVELS):
+            put(spool, ct_slice(series, level))
+            localizer = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+            uid = f"{series}.{100 + level}"
+            put(spool, ct_slice(series, level, ImageType=localizer, SOPInstanceUID=uid))
+        drain(build(scorer=Scorer(bundle, torch.device("cpu"), batch)))
+        with store.reading(node) as session:
+            claimed = store.open_slices(session, series)
+        assert claimed is not None and len(claimed.set_aside) == LEVELS
+        found.append([s.score for s in sorted(claimed.slices, key=lambda s: s.image_position)])
+    assert found[0] == found[1]
+    np.testing.assert_allclose(found[0], [0.5 * k for k in range(LEVELS)], atol=1e-3)
+
+
 # What cannot be used
 
 
@@ -523,7 +629,7 @@ class Mortal(ScoreStage):
     """Dies of a file that holds POISON, as a worker does when a codec crashes."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in self.spool.read(entry):
+        if POISON in bytes(self.spool.read(entry)):
             raise SystemExit("killed")
         return super()._decode(entry)
 
@@ -532,7 +638,7 @@ class Sick(ScoreStage):
     """Cannot decode a file that holds POISON, but lives."""
 
     def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
-        if POISON in self.spool.read(entry):
+        if POISON in bytes(self.spool.read(entry)):
             raise MemoryError
         return super()._decode(entry)
 
@@ -550,15 +656,15 @@ def deaths_until_done(build: Build) -> int:
 
 
 @on_sqlite
-@pytest.mark.parametrize("position", [0, 3, 7, 10])
+@pytest.mark.parametrize("position", [0, 3, 7, 10, 12, 19, 20])  # batches are of 8
 def test_a_file_that_kills_the_worker_is_put_aside(spool, node, build, position):
     put_scan(spool, SERIES, range(position))
     entry = spool.put(POISON, A)
-    put_scan(spool, SERIES, range(position, 12))
+    put_scan(spool, SERIES, range(position, LEVELS))
     assert deaths_until_done(build) == POISON_ATTEMPTS
     assert kept(spool) == {f"{Path(entry.name).stem}-corrupt.dcm": POISON}
     assert quarantined(node) == {"corrupt": 1}
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
     assert spool.pending(1) == []
 
 
@@ -567,17 +673,20 @@ def test_two_files_that_kill_the_worker_are_put_aside(spool, node, build):
     put_scan(spool, SERIES, range(2))
     spool.put(POISON + b"1", A)
     spool.put(POISON + b"2", A)
-    put_scan(spool, SERIES, range(2, 12))
+    put_scan(spool, SERIES, range(2, LEVELS))
     deaths_until_done(build)
     assert sorted(kept(spool).values()) == [POISON + b"1", POISON + b"2"]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 @on_sqlite
-def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(spool, node, build):
-    put_scan(spool, SERIES, range(3))
+@pytest.mark.parametrize("position", [3, 12])
+def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(
+    spool, node, build, position
+):
+    put_scan(spool, SERIES, range(position))
     spool.put(POISON, A)
-    put_scan(spool, SERIES, range(3, 12))
+    put_scan(spool, SERIES, range(position, LEVELS))
     stage = build(Sick)
     failures = 0
     while spool.pending(1):
@@ -587,7 +696,7 @@ def test_a_file_that_fails_in_the_same_worker_again_and_again_is_put_aside(spool
             failures += 1
             assert failures <= POISON_ATTEMPTS
     assert list(kept(spool).values()) == [POISON]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 @on_sqlite
@@ -607,7 +716,7 @@ def test_a_file_is_tried_as_often_as_it_says(spool, node, build):
     first, second, *_ = spool.pending(10)
     names = {first.name: POISON_ATTEMPTS, second.name: POISON_ATTEMPTS - 1}
     (spool.path / ".in-flight.json").write_text(json.dumps(names))
-    data = spool.read(first)
+    data = bytes(spool.read(first))
     drain(build())
     assert kept(spool) == {f"{Path(first.name).stem}-corrupt.dcm": data}
     assert received(node) == {SERIES: 5}
@@ -644,7 +753,7 @@ from dicomnode.spool import Spool
 
 class Killed(ScoreStage):
     def _decode(self, entry):
-        if b"POISON" in self.spool.read(entry):
+        if b"POISON" in bytes(self.spool.read(entry)):
             os._exit(9)
         return super()._decode(entry)
 
@@ -670,9 +779,9 @@ print(deaths)
 @on_sqlite
 def test_processes_that_a_file_kills_come_to_the_end(spool, node, database_url, tmp_path):
     brightness_bundle(tmp_path / "bundle")
-    put_scan(spool, SERIES, range(3))
+    put_scan(spool, SERIES, range(11))  # in the batch that is decoded ahead
     spool.put(POISON, A)
-    put_scan(spool, SERIES, range(3, 12))
+    put_scan(spool, SERIES, range(11, LEVELS))
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path / "bundle", database_url, spool.path],
         capture_output=True,
@@ -682,7 +791,7 @@ def test_processes_that_a_file_kills_come_to_the_end(spool, node, database_url, 
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == POISON_ATTEMPTS
     assert list(kept(spool).values()) == [POISON]
-    assert received(node) == {SERIES: 12}
+    assert received(node) == {SERIES: LEVELS}
 
 
 # Completion
@@ -700,16 +809,17 @@ def test_a_backlog_does_not_look_like_silence(spool, node, stage):
 
 
 @on_sqlite
-def test_a_worker_that_comes_late_finishes_each_series_once(spool, node, bundle, tmp_path):
+def test_a_worker_that_comes_late_finishes_each_series_once(
+    spool, node, bundle, tmp_path, monkeypatch
+):
     """An hour's backlog of a Series that two associations carried."""
-    put_scan(spool, SERIES, range(4))
-    spool.put_event(A, "released")
-    put(spool, *(ct_slice(SERIES, level) for level in range(4, 12)), association=B)
-    spool.put_event(B, "released")
-    for entry in spool.pending(100):
-        time_ns, rest = entry.name.split("-", 1)
-        path = spool.path / "incoming" / entry.name
-        path.rename(path.with_name(f"{int(time_ns) - 3_600_000_000_000:020d}-{rest}"))
+    real, hour = time.time_ns, 3_600_000_000_000
+    with monkeypatch.context() as earlier:
+        earlier.setattr(time, "time_ns", lambda: real() - hour)
+        put_scan(spool, SERIES, range(4))
+        spool.put_event(A, "released")
+        put(spool, *(ct_slice(SERIES, level) for level in range(4, 12)), association=B)
+        spool.put_event(B, "released")
 
     brightness_bundle(tmp_path / "bundle")
     score = {"model": tmp_path / "bundle", "device": "cpu", "batch": 4}
@@ -722,6 +832,79 @@ def test_a_worker_that_comes_late_finishes_each_series_once(spool, node, bundle,
         worker.close()
     row = series_of(node, SERIES)
     assert (row.state, row.scored, row.revision) == (SeriesState.CURVE, 12, 1)
+
+
+def worker_of(spool: Spool, engine: Engine, folder: Path, **series: float) -> serve.Worker:
+    brightness_bundle(folder)
+    score = {"model": folder, "device": "cpu", "dtype": "float32", "batch": BATCH}
+    settings = Settings(score=score, spool={"path": spool.path}, series=series)
+    return serve.Worker(settings, spool, engine)
+
+
+@on_sqlite
+def test_a_worker_sleeps_until_a_series_becomes_quiet(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle", quiet_seconds=0.3)
+    try:
+        assert worker.step() == 0
+        assert worker.idle_s() == serve.IDLE_S
+        put_scan(spool, SERIES)
+        while worker.step():
+            pass
+        assert worker.idle_s() == serve.IDLE_S, "the association goes on"
+        last = spool.put_event(A, "released").arrived_at
+        while worker.step():
+            pass
+        assert series_of(node, SERIES).state is SeriesState.OPEN
+        idle_s = worker.idle_s()
+        due = series_of(node, SERIES).last_arrival_at + timedelta(seconds=0.3)
+        assert 0 <= idle_s <= 0.3
+        assert datetime.now(UTC) + timedelta(seconds=idle_s) >= due - timedelta(seconds=0.001)
+        time.sleep(max(0.0, (due - datetime.now(UTC)).total_seconds()))
+        assert worker.step() > 0
+        assert series_of(node, SERIES).state is SeriesState.CURVE
+        assert series_of(node, SERIES).last_arrival_at <= last
+    finally:
+        worker.close()
+
+
+@on_sqlite
+def test_a_series_that_is_quiet_is_finished_though_others_arrive(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle", quiet_seconds=0.2)
+    try:
+        put_scan(spool, SERIES)
+        spool.put_event(A, "released")
+        while worker.step():
+            pass
+        due = series_of(node, SERIES).last_arrival_at + timedelta(seconds=0.2)
+        deadline = time.monotonic() + 10
+        level = 0
+        while series_of(node, SERIES).state is SeriesState.OPEN:
+            assert time.monotonic() < deadline
+            put(spool, ct_slice(PRIOR, level % LEVELS), association=B)
+            level += 1
+            # Never an empty spool: only the time that is due makes it look.
+            worker._assembled_at = time.monotonic()
+            assert worker.step() > 0
+        assert spool.pending(1) == []
+        assert datetime.now(UTC) >= due
+    finally:
+        worker.close()
+
+
+@on_sqlite
+def test_a_few_slices_wait_for_company_and_a_backlog_does_not(spool, node, tmp_path):
+    worker = worker_of(spool, node, tmp_path / "bundle")
+    try:
+        put_scan(spool, SERIES, range(BATCH + 2))
+        worker.step()
+        assert not worker.is_alone
+        worker.step()
+        assert worker.is_alone
+        spool.put_event(A, "released")
+        worker.step()
+        assert not worker.is_alone
+    finally:
+        worker.close()
 
 
 @on_sqlite

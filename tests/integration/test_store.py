@@ -578,10 +578,10 @@ def test_a_duplicate_of_a_finished_series_changes_nothing(node):
     assert contents(node) == before
 
 
-def test_a_score_of_another_batch_size_is_the_same_score(node):
+def test_a_score_of_another_dtype_is_the_same_score(node):
     record(node, scan(SERIES))
     finish(node, SERIES)
-    record(node, [scored(SERIES, 4, score=2.0 + 1e-4)])
+    record(node, [scored(SERIES, 4, score=2.0 + 0.12)])
     assert series_of(node, SERIES).state is SeriesState.CURVE
 
 
@@ -1035,7 +1035,7 @@ def settle(engine: Engine, offset: Offset | None = None) -> None:
     with store.writing(engine) as session:
         for pending in store.pending_offsets(session, 100):
             made = offset or Offset(pending.method, OffsetStatus.OK, 12.5, 55.0)
-            store.store_offset(session, pending, made, T0, 0.25)
+            store.store_offsets(session, [(pending, made, 0.25)], T0)
 
 
 def test_an_offset_comes_back_whole(node):
@@ -1047,7 +1047,7 @@ def test_an_offset_comes_back_whole(node):
     by_method = {o.method: o for o in (whole, bare, blind)}
     with store.writing(node) as session:
         for pending in store.pending_offsets(session, 10):
-            store.store_offset(session, pending, by_method[pending.method], T0, 0.25)
+            store.store_offsets(session, [(pending, by_method[pending.method], 0.25)], T0)
     assert pairs(node) == set()
     with store.reading(node) as session:
         found = store.offsets_of(session)
@@ -1085,7 +1085,7 @@ def test_the_most_trustworthy_offset_comes_first(node):
             offset = Offset(p.method, status, 0.0, detail)
             if status is refused_:
                 offset = Offset(p.method, status, reason=detail)
-            store.store_offset(session, p, offset, T0, 0.0)
+            store.store_offsets(session, [(p, offset, 0.0)], T0)
     with store.reading(node) as session:
         found = store.offsets_of(session, fixed_study=f"{FOLLOW_UP}.0", moving_study="1.3")
     assert [(s.moving_series, s.offset.method) for s in found] == [
@@ -1119,7 +1119,8 @@ def test_an_offset_of_a_curve_revised_meanwhile_is_not_stored(node):
     finish(node, PRIOR)
     with store.writing(node) as session:
         for p in stale:
-            store.store_offset(session, p, Offset(p.method, OffsetStatus.OK, 1.0, 1.0), T0, 0.0)
+            offset = Offset(p.method, OffsetStatus.OK, 1.0, 1.0)
+            store.store_offsets(session, [(p, offset, 0.0)], T0)
         assert store.offsets_of(session) == []
     assert pairs(node) == {(FOLLOW_UP, PRIOR)}
 
