@@ -4,10 +4,26 @@ import re
 from io import BytesIO
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from pydicom import FileMetaDataset
 from pydicom.dataset import Dataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+    generate_uid,
+)
 
 # What must not show up in any log, metric or message: canaries, that tests put into what they send.
 PATIENT_NAME = "CANARY^NAME"
@@ -101,3 +117,45 @@ def without_meta(data: bytes) -> bytes:
     # (0002,0000) FileMetaInformationGroupLength: 8 bytes after the prefix, then its value.
     length = int.from_bytes(data[140:144], "little")
     return data[144 + length :]
+
+
+def compress(ds: Dataset, transfer_syntax_uid: str, fragments_per_frame: int = 1) -> Dataset:
+    """Return a data set of native 16-bit frames, its pixels compressed without loss."""
+    dtype = "<i2" if ds.PixelRepresentation else "<u2"
+    shape = (int(ds.get("NumberOfFrames", 1)), ds.Rows, ds.Columns)
+    frames = np.frombuffer(ds.PixelData, dtype).reshape(shape)
+    encoded = [encode(frame, transfer_syntax_uid) for frame in frames]
+    ds.PixelData = encapsulate(encoded, fragments_per_frame=fragments_per_frame)
+    ds["PixelData"].VR = "OB"
+    ds["PixelData"].is_undefined_length = True
+    ds.file_meta.TransferSyntaxUID = transfer_syntax_uid
+    return ds
+
+
+def encode(frame: Any, transfer_syntax_uid: str) -> bytes:
+    """Return one frame, (R, C) 16-bit, as a codestream of even length."""
+    signed = frame.dtype.kind == "i"
+    if transfer_syntax_uid == RLELossless:
+        planes = frame.astype("<u2").view(np.uint8).reshape(-1, 2)
+        segments = [_even(b"".join(map(_packed, plane.reshape(frame.shape)))) for plane in planes.T]
+        high, low = segments[1], segments[0]
+        header = np.zeros(16, "<u4")
+        header[:3] = 2, 64, 64 + len(high)
+        return header.tobytes() + high + low
+    if transfer_syntax_uid in (JPEGLSLossless, JPEGLSNearLossless):
+        return _even(imagecodecs.jpegls_encode(frame.view(np.uint16)))  # knows no sign
+    if transfer_syntax_uid in (JPEGLossless, JPEGLosslessSV1):
+        return _even(imagecodecs.ljpeg_encode(frame.view(np.uint16), bitspersample=16))
+    if transfer_syntax_uid in (JPEG2000, JPEG2000Lossless):
+        return _even(imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"))
+    assert transfer_syntax_uid in (HTJ2K, HTJ2KLossless, HTJ2KLosslessRPCL)
+    assert not signed or frame.dtype == np.int16
+    return _even(imagecodecs.htj2k_encode(frame, reversible=True))
+
+
+def _packed(row: Any) -> bytes:
+    return bytes(imagecodecs.packbits_encode(row.tobytes()))
+
+
+def _even(data: bytes) -> bytes:
+    return bytes(data) + b"\0" * (len(data) % 2)

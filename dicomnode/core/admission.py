@@ -1,8 +1,7 @@
 """Which slices and which Series are scored, and the reason where they are not."""
 
+import math
 import re
-
-import numpy as np
 
 from dicomnode.core import geometry
 from dicomnode.errors import GeometryError
@@ -27,7 +26,7 @@ MIN_EXTENT_MM = 50.0
 MAX_EXTENT_MM = 3000.0
 MAX_POSITION_MM = 10_000.0
 
-_UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
+_UID = re.compile(r"\d+(\.\d+)*", re.ASCII)
 
 
 def is_uid(text: str) -> bool:
@@ -35,8 +34,7 @@ def is_uid(text: str) -> bool:
 
     Old scanners write components such as `.05`; they identify as well as any other.
     """
-    relaxed = re.sub(r"(^|\.)0+(?=\d)", r"\1", text)
-    return 0 < len(text) <= 64 and _UID.fullmatch(relaxed) is not None
+    return 0 < len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
 def refuse_slice(header: SliceHeader) -> Reason | None:
@@ -59,7 +57,7 @@ def refuse_slice(header: SliceHeader) -> Reason | None:
     if REFORMATS & set(header.image_type[2:]):
         return Reason.REFORMAT
     geometric = (header.image_position, header.image_orientation, header.pixel_spacing)
-    if any(part is None or not np.isfinite(part).all() for part in geometric):
+    if any(part is None or not all(map(math.isfinite, part)) for part in geometric):
         return Reason.NO_GEOMETRY
     assert header.image_position and header.image_orientation and header.pixel_spacing
     if max(map(abs, header.image_position)) > MAX_POSITION_MM:
@@ -68,7 +66,7 @@ def refuse_slice(header: SliceHeader) -> Reason | None:
     if not all(low <= spacing <= high for spacing in header.pixel_spacing):
         return Reason.NO_GEOMETRY
     try:
-        normal = geometry.slice_normal(np.asarray(header.image_orientation))
+        normal = geometry.slice_normal(header.image_orientation)
     except GeometryError as exc:
         return exc.reason
     tilt = geometry.tilt_degrees(normal)

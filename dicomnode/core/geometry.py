@@ -1,5 +1,6 @@
 """Where slices lie: normal, position along it, order, spacing, gaps, duplicates, tilt."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Stack:
     flags: tuple[Flag, ...]
 
 
-def slice_normal(image_orientation: Floats) -> Floats:
+def slice_normal(image_orientation: Floats | tuple[float, ...]) -> Floats:
     """Return the unit slice normal, oriented towards the head.
 
     Parameters
@@ -52,14 +53,17 @@ def slice_normal(image_orientation: Floats) -> Floats:
     ----------
     DICOM PS3.3 C.7.6.2.1.1.
     """
-    row, column = np.asarray(image_orientation, float).reshape(2, 3)
-    gram = np.array([row @ row, column @ column, row @ column])
+    # Of six numbers: numpy took 50 microseconds here, a fifth of a slice's share of a core.
+    x, y, z, u, v, w = map(float, image_orientation)
+    gram = (x * x + y * y + z * z, u * u + v * v + w * w, x * u + y * v + z * w)
     # Three decimals are common in the field: squares of such cosines miss 1 by up to 2e-3.
-    if not np.allclose(gram, [1, 1, 0], atol=2 * ORTHONORMAL_TOLERANCE):
-        raise GeometryError(f"direction cosines are not orthonormal: {gram.round(4).tolist()}")
-    normal = np.cross(row, column)
-    normal /= np.linalg.norm(normal)
-    return normal if normal[2] >= 0 else -normal
+    off = max(abs(gram[0] - 1), abs(gram[1] - 1), abs(gram[2]))
+    if not off <= 2 * ORTHONORMAL_TOLERANCE:
+        told = [round(value, 4) for value in gram]
+        raise GeometryError(f"direction cosines are not orthonormal: {told}")
+    normal = (y * w - z * v, z * u - x * w, x * v - y * u)
+    length = math.copysign(math.hypot(*normal), normal[2])
+    return np.array([part / length for part in normal])
 
 
 def slice_positions(image_position: Floats, normal: Floats) -> Floats:
@@ -82,7 +86,7 @@ def slice_positions(image_position: Floats, normal: Floats) -> Floats:
 
 def tilt_degrees(normal: Floats) -> float:
     """Return the angle between slice normal and the patient's long axis, degrees 0..90."""
-    return float(np.degrees(np.arccos(np.clip(abs(normal[2]), 0, 1))))
+    return math.degrees(math.acos(min(abs(float(normal[2])), 1.0)))
 
 
 def stack(image_position: Floats, image_orientation: Floats) -> Stack:
@@ -157,6 +161,30 @@ def to_patient_axes(image: npt.NDArray[Any], image_orientation: Floats) -> npt.N
     if column[1] < 0:
         image = image[::-1]
     return image
+
+
+def in_stored_axes(
+    place: tuple[float, float], shape: tuple[int, ...], image_orientation: Floats
+) -> tuple[float, float]:
+    """Return where a place of the image that `to_patient_axes` gave lies in the one it was given.
+
+    Parameters
+    ----------
+    place : (float, float)
+        Row and column.
+    shape : (int, int)
+        Rows and columns as stored.
+    """
+    row, column = np.asarray(image_orientation, float).reshape(2, 3)
+    (down, along), (rows, columns) = place, shape
+    transposed = is_transposed(image_orientation)
+    if transposed:
+        row, column, rows, columns = column, row, columns, rows
+    if row[0] < 0:
+        along = columns - 1 - along
+    if column[1] < 0:
+        down = rows - 1 - down
+    return (along, down) if transposed else (down, along)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from dicomnode.core.geometry import Plane
-from dicomnode.core.preprocess import Input, PreprocessSpec
+from dicomnode.core.preprocess import Input, PreprocessSpec, body_value
 from dicomnode.model import Floats, ScoreCurve
 
 Mask = npt.NDArray[np.bool_]
@@ -20,7 +20,8 @@ PART_OF_LARGEST = 0.7
 # in x in 9 of 10 slices up to this share, by 17 mm and more beyond.
 MAX_CUT = 0.05
 EDGE_PIXELS = 3.0  # an outline that near to the edge lies at it: it is eroded by one, and sampled
-_EIGHT = np.ones((3, 3))  # neighbours by a corner are neighbours
+_EIGHT = np.ones((3, 3), bool)  # neighbours by a corner are neighbours
+_FOUR = ndimage.generate_binary_structure(2, 1)  # and here they are not
 MIN_MATCHED = 5  # positions, for a median that one slice with a raised arm does not move
 
 
@@ -64,9 +65,9 @@ def outline(x: Input, spec: PreprocessSpec) -> Mask | None:
     (size / STEP, size / STEP) bool
         Eroded by one pixel of the input, of which each pixel here is 2 x 2.
     """
-    seen = x > np.interp(spec.body_hu, spec.hu, spec.value)
+    seen = x > body_value(spec)
     # Three pixels, 10 mm, outlast the erosion: table tops, blankets and cables do not.
-    labels, count = ndimage.label(_halve(_erode(seen)), _EIGHT)
+    labels, count = ndimage.label(_halve(_erode(seen)), _EIGHT, output=np.intp)
     if count == 0:
         return None
     area = np.bincount(labels.ravel())
@@ -75,9 +76,11 @@ def outline(x: Input, spec: PreprocessSpec) -> Mask | None:
     # Of a thin chest wall the erosion leaves pieces, and the largest of them does not surround the
     # lung: what is closed before the erosion, and for the most part within, is of the body too.
     # The hollow of a table is not within.
-    holes, count = ndimage.label(~_halve(seen))
-    within = np.bincount(holes.ravel(), body.ravel(), count + 1)
-    of_body = 2 * within > np.bincount(holes.ravel(), minlength=count + 1)
+    holes, count = ndimage.label(~_halve(seen), _FOUR, output=np.intp)
+    without, within = (
+        np.bincount((2 * holes + body).ravel(), minlength=2 * count + 2).reshape(-1, 2).T
+    )
+    of_body = within > without
     of_body[0] = False
     return _filled(body | of_body[holes])
 
@@ -168,10 +171,9 @@ def _filled(mask: Mask) -> Mask:
 
 
 def _between(mask: Mask) -> Mask:
-    """From the first to the last pixel of each row."""
-    first = mask.argmax(1)
-    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
-    last[~mask.any(axis=1)] = -1
-    column = np.arange(mask.shape[1])
-    found: Mask = (column >= first[:, None]) & (column <= last[:, None])
-    return found
+    """From the first to the last pixel of each column."""
+    rows: npt.NDArray[np.uint8] = np.packbits(mask, axis=1)  # eight columns at a time
+    below, above = np.bitwise_or.accumulate(rows), np.bitwise_or.accumulate(rows[::-1])[::-1]
+    both = np.asarray(below & above, np.uint8)
+    between: Mask = np.unpackbits(both, axis=1, count=mask.shape[1]).view(bool)
+    return between

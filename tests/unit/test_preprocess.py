@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dicomnode.core import preprocess
+from dicomnode.core import geometry, preprocess
+from dicomnode.core.pixels import Rescale
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import WeightsError
 
@@ -185,6 +186,58 @@ def test_every_fourth_pixel_places_a_body_as_well_as_all_of_them():
     assert column == pytest.approx(columns.mean(), abs=0.35 / 0.8)
 
 
+def dense_weights(count, spacing_mm, centre, spec):
+    """The weights of one axis as a matrix, (size, count): one page that says what is meant."""
+    width = max(spec.pixel_mm, spacing_mm)
+    target = (np.arange(spec.size) - (spec.size - 1) / 2) * spec.pixel_mm  # mm from the centre
+    source = (np.arange(count) - centre) * spacing_mm
+    distance = np.abs(target[:, None] - source[None, :]).astype(np.float32)
+    overlap = (width + spacing_mm) / 2 - distance
+    return np.clip(overlap, 0, min(width, spacing_mm)) / np.float32(width)
+
+
+def dense_input(image_hu, spacing, orientation, spec):
+    """What `to_input` is to give, by matrices of weights as wide as the image."""
+    orientation = np.asarray(orientation, float)
+    image = geometry.to_patient_axes(image_hu, orientation)
+    row_mm, column_mm = spacing[::-1] if geometry.is_transposed(orientation) else spacing
+    row, column = preprocess.body_centre(image, spec.body_hu)
+    above_air = np.maximum(image, -1000).astype(np.float32) + 1000
+    rows = dense_weights(image.shape[0], row_mm, row, spec)
+    columns = dense_weights(image.shape[1], column_mm, column, spec)
+    resampled = rows @ above_air @ columns.T - 1000
+    return np.rint(np.interp(resampled, spec.hu, spec.value)).astype(np.uint8)
+
+
+def banded(count, spacing_mm, centre, spec):
+    """`area_weights` as a matrix, (size, count)."""
+    first, step, weights = preprocess.area_weights(count, spacing_mm, centre, spec)
+    blocks, block, width = weights.shape
+    matrix = np.zeros((blocks * block, count), np.float32)
+    for k in range(blocks):
+        start = first + k * step
+        a, b = min(max(start, 0), count), min(max(start + width, 0), count)
+        matrix[k * block : (k + 1) * block, a:b] = weights[k][:, a - start : b - start]
+        outside = weights[k].copy()
+        outside[:, a - start : b - start] = 0
+        assert not outside.any()
+    return matrix[: spec.size]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    count=st.integers(1, 600),
+    spacing=st.floats(0.1, 20),
+    shift=st.floats(-1, 1),
+    size=st.sampled_from([128, 32, 100]),
+)
+def test_area_weights_are_those_of_the_dense_matrix(count, spacing, shift, size):
+    spec = replace(SPEC, size=size)
+    centre = (count - 1) / 2 + shift * count
+    expected = dense_weights(count, spacing, centre, spec)
+    np.testing.assert_allclose(banded(count, spacing, centre, spec), expected, atol=2e-4)
+
+
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     count=st.integers(1, 600),
@@ -193,7 +246,7 @@ def test_every_fourth_pixel_places_a_body_as_well_as_all_of_them():
 )
 def test_area_weights_sum_to_the_share_of_a_pixel_that_the_image_covers(count, spacing, shift):
     centre = (count - 1) / 2 + shift * count
-    weights = preprocess.area_weights(count, spacing, centre, SPEC)
+    weights = banded(count, spacing, centre, SPEC)
     width = max(SPEC.pixel_mm, spacing)
     target = (np.arange(128) - 63.5) * 3.5
     first, last = (-0.5 - centre) * spacing, (count - 0.5 - centre) * spacing  # edges, mm
@@ -206,9 +259,49 @@ def test_area_weights_sum_to_the_share_of_a_pixel_that_the_image_covers(count, s
 
 def test_area_weights_between_wide_pixels_interpolate():
     # 7 mm pixels, the middle one on the middle of the input: targets lie at +-1.75 mm, ...
-    weights = preprocess.area_weights(3, 7.0, 1.0, SPEC)
+    weights = banded(3, 7.0, 1.0, SPEC)
     np.testing.assert_allclose(weights[64], [0, 0.75, 0.25])
     np.testing.assert_allclose(weights[63], [0.25, 0.75, 0])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 520), st.integers(1, 520)),
+    spacing=st.tuples(st.floats(0.3, 6), st.floats(0.3, 6)),
+    orientation=st.sampled_from(ORIENTATIONS),
+    seed=st.integers(0, 9),
+)
+def test_an_input_is_that_of_the_dense_matrices(shape, spacing, orientation, seed):
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    hu = np.where((x + 0.1 * seed) ** 2 + y**2 < 0.5, 40, -1010) + rng.normal(0, 30, shape)
+    hu = hu.clip(-1024, 3071).astype(np.int16)
+    cosines = (*orientation[0], *orientation[1])
+    expected = dense_input(hu, spacing, cosines, SPEC).astype(int)
+    stored = (hu + 1024).astype(np.uint16)
+    for image, rescale in (
+        (hu, Rescale()),
+        (hu.astype(np.float32), Rescale()),
+        (stored, Rescale(1, -1024)),
+        (stored.astype(np.int16), Rescale(1, -1024, (-2000, -2000))),
+        (2 * stored, Rescale(0.5, -1024)),
+    ):
+        got, _ = preprocess.crop(image, spacing, cosines, SPEC, rescale)
+        off = np.abs(got.astype(int) - expected)
+        assert off.max() <= 1  # a value at one half, rounded up or down
+        assert (off > 0).mean() < 2e-3
+
+
+def test_padding_is_air_whatever_it_is_stored_as():
+    stored = np.full((64, 64), 1064, np.int16)
+    stored[:, :20] = 1500
+    padded = preprocess.crop(
+        stored, (3.5, 3.5), (1, 0, 0, 0, 1, 0), SPEC, Rescale(1, -1024, (1500, 1500))
+    )[0]
+    hu = np.where(stored == 1500, -1000, 40)
+    np.testing.assert_array_equal(
+        padded, preprocess.to_input(hu, (3.5, 3.5), (1, 0, 0, 0, 1, 0), SPEC)
+    )
 
 
 def test_a_spec_survives_its_manifest():

@@ -1,0 +1,7 @@
+"""The door to DICOM bytes: headers, pixels in HU, and CT series written by our own hand."""
+
+from dicomnode.dicomio.dataset import header_of, image_hu, read
+from dicomnode.dicomio.instance import Decoded, decode, find
+from dicomnode.dicomio.write import ct_dataset
+
+__all__ = ["Decoded", "ct_dataset", "decode", "find", "header_of", "image_hu", "read"]
