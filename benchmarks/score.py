@@ -137,7 +137,7 @@ def preprocess_ms(repeats: int) -> float:
     file = BytesIO()
     ds.save_as(file, enforce_file_format=True)
     spec, data = preprocess.PreprocessSpec(), file.getvalue()
-    if dicomio.decode(BytesIO(data), spec).input is None:
+    if dicomio.decode(BytesIO(data), spec)[0].input is None:
         raise RuntimeError("the slice made for the measurement gives no input")
     cpu = torch.device("cpu")
     return 1e3 * peak.fastest(lambda: dicomio.decode(BytesIO(data), spec), cpu, repeats=repeats)

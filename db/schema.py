@@ -92,7 +92,8 @@ class Series(Base):
     revision: Mapped[int]  # of the curve: how often the Series was finished
     received: Mapped[int]  # distinct Instances
     expected: Mapped[int | None]
-    # SOP Instance UID -> reason, of Instances that are in no curve; filled when finished.
+    # SOP Instance UID, `#` and which Frame where it is not the first -> reason, of slices that
+    # are in no curve; filled when finished.
     set_aside: Mapped[dict[str, str]] = mapped_column(JSON)
     first_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
     last_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)

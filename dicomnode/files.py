@@ -34,7 +34,7 @@ class ScoredSeries:
 
     header: SliceHeader  # of one of its Instances
     outcome: ScoreCurve | Refusal
-    set_aside: dict[str, int]  # reason -> Instances
+    set_aside: dict[str, int]  # reason -> slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def score(
                     image_position=h.image_position,
                     image_orientation=h.image_orientation,
                     score=float(value),
+                    frame=h.frame,
                     frame_of_reference_uid=h.frame_of_reference_uid,
                     body_centre_mm=d.body_centre_mm,
                 )
@@ -77,20 +78,22 @@ def score(
         for path in dicomio.find(list(paths)):
             progress(1)
             try:
-                decoded = dicomio.decode(path, scorer.bundle.spec)
+                frames = dicomio.decode(path, scorer.bundle.spec)
             except DicomError as exc:
                 unreadable[exc.reason] += 1
                 continue
-            if decoded.reason is Reason.BAD_UID:  # it names no Series
-                unreadable[decoded.reason] += 1
+            if frames[0].reason is Reason.BAD_UID:  # it names no Series
+                unreadable[frames[0].reason] += 1
                 continue
-            headers.setdefault(decoded.header.series_uid, decoded.header)
-            if decoded.reason is not None:
-                aside[decoded.header.series_uid][decoded.reason] += 1
-                continue
-            waiting.append(decoded)
-            if len(waiting) == scorer.batch:
-                flush()
+            header = frames[0].header
+            headers.setdefault(header.series_uid, header)
+            for decoded in frames:
+                if decoded.reason is not None:
+                    aside[header.series_uid][decoded.reason] += 1
+                    continue
+                waiting.append(decoded)
+                if len(waiting) == scorer.batch:
+                    flush()
         flush()
     series = [
         ScoredSeries(h, _outcome(uid, slices[uid], aside[uid], scorer), dict(aside[uid]))

@@ -161,7 +161,7 @@ class PatientKey:
 
 @dataclass(frozen=True, slots=True)
 class SliceHeader:
-    """What the node reads of one single-frame Instance, pixels aside."""
+    """What the node reads of one Frame of an Instance, pixels aside."""
 
     sop_class_uid: str
     sop_instance_uid: str
@@ -181,6 +181,7 @@ class SliceHeader:
     body_part_examined: str = ""
     manufacturer: str = ""
     expected_instances: int | None = None  # NumberOfSeriesRelatedInstances (0020,1209)
+    frame: int = 1  # counted from 1, as in PS3.3
 
 
 @dataclass(frozen=True, slots=True)

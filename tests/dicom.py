@@ -13,6 +13,7 @@ from pydicom.uid import (
     HTJ2K,
     JPEG2000,
     CTImageStorage,
+    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
@@ -21,6 +22,7 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
     JPEGLSNearLossless,
+    LegacyConvertedEnhancedCTImageStorage,
     RLELossless,
     generate_uid,
 )
@@ -103,6 +105,89 @@ def ct_dataset(**overrides: Any) -> Dataset:
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
     return ds
+
+
+def enhanced_ct(
+    slices: list[Dataset], *, legacy: bool = False, frame_types: dict[int, list[str]] | None = None
+) -> Dataset:
+    """Return CT slices as the Frames of one Enhanced CT Image (PS3.3 A.38), in their order.
+
+    Parameters
+    ----------
+    slices
+        Native single-frame Instances of one orientation, spacing and rescale.
+    legacy
+        Whether it is to be a Legacy Converted Enhanced CT Image (PS3.3 A.70).
+    frame_types
+        Frame, counted from 1 -> its Frame Type, in place of the slice's Image Type.
+    """
+    first = slices[0]
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = LegacyConvertedEnhancedCTImageStorage if legacy else EnhancedCTImageStorage
+    ds.SOPInstanceUID = generate_uid(None)
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    for element in first:
+        group = element.tag.group
+        if group in (0x0010,) or (group == 0x0028 and element.keyword not in _PER_FRAME):
+            ds.add(element)
+    for keyword in (
+        "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "StudyDate", "StudyTime",
+        "Modality", "Manufacturer", "BodyPartExamined", "PatientPosition", "SeriesNumber",
+    ):  # fmt: skip
+        if keyword in first:
+            ds.add(first[keyword])
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    ds.InstanceNumber = "1"
+    ds.ContentDate, ds.ContentTime = "20260105", "081500"
+    ds.PixelPresentation, ds.VolumetricProperties = "MONOCHROME", "VOLUME"
+    ds.VolumeBasedCalculationTechnique = "NONE"
+    ds.NumberOfFrames = len(slices)
+    shared = Dataset()
+    shared.PixelMeasuresSequence = [_item(first, "PixelSpacing", "SliceThickness")]
+    shared.PlaneOrientationSequence = [_item(first, "ImageOrientationPatient")]
+    shared.PixelValueTransformationSequence = [
+        _item(first, "RescaleIntercept", "RescaleSlope", RescaleType="HU")
+    ]
+    ds.SharedFunctionalGroupsSequence = [shared]
+    groups = []
+    for k, one in enumerate(slices, start=1):
+        group = Dataset()
+        content = Dataset()
+        content.StackID, content.InStackPositionNumber = "1", k
+        content.FrameAcquisitionDateTime = f"20260105081500.{k:06d}"
+        group.FrameContentSequence = [content]
+        group.PlanePositionSequence = [_item(one, "ImagePositionPatient")]
+        kind = Dataset()
+        told = (frame_types or {}).get(k, [*one.ImageType, "NONE"])
+        kind.FrameType, kind.PixelPresentation = told, "MONOCHROME"
+        kind.VolumetricProperties, kind.VolumeBasedCalculationTechnique = "VOLUME", "NONE"
+        group.CTImageFrameTypeSequence = [kind]
+        if legacy:
+            source = Dataset()
+            source.ReferencedSOPClassUID = one.SOPClassUID
+            source.ReferencedSOPInstanceUID = one.SOPInstanceUID
+            group.ConversionSourceAttributesSequence = [source]
+        groups.append(group)
+    ds.PerFrameFunctionalGroupsSequence = groups
+    ds.PixelData = b"".join(one.PixelData for one in slices)
+    ds["PixelData"].VR = "OW"
+    return ds
+
+
+_PER_FRAME = {"PixelSpacing", "RescaleIntercept", "RescaleSlope", "RescaleType"}
+
+
+def _item(ds: Dataset, *keywords: str, **others: Any) -> Dataset:
+    item = Dataset()
+    for keyword in keywords:
+        if keyword in ds:
+            item.add(ds[keyword])
+    for keyword, value in others.items():
+        setattr(item, keyword, value)
+    return item
 
 
 def part10(ds: Dataset) -> bytes:

@@ -184,7 +184,9 @@ def read_headers(files: list[tuple[str, Stamp | None]]) -> list[FileHeader | str
 
 def _read_header(path: str, stamp: Stamp) -> FileHeader:
     header = dicomio.header_of(dicomio.read(Path(path), pixels=False))
-    reason = admission.refuse_slice(header)
+    # A path stands for a slice here.
+    several = header.sop_class_uid in admission.ENHANCED_CT
+    reason = Reason.MULTI_FRAME if several else admission.refuse_slice(header)
     if reason is Reason.BAD_UID:  # it names no Series
         return FileHeader(path, stamp, reason)
     return FileHeader(

@@ -143,7 +143,7 @@ def decode(source: Source, spec: PreprocessSpec) -> Decoded:
         inputs, kept, aside = [], [], Counter[str]()
         for path, z in zip(source.paths, source.z_mm, strict=True):
             try:
-                one = dicomio.decode(path, spec)
+                one, *_ = dicomio.decode(path, spec)  # the index takes none of several Frames
             except CorruptObject as exc:
                 aside[exc.reason] += 1
                 continue

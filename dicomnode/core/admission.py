@@ -13,6 +13,7 @@ ENHANCED_CT = frozenset({"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1
 # PS3.3 C.8.2.1.1.1 names LOCALIZER; the others are what vendors write for reconstructed views.
 REFORMATS = frozenset(
     {"MPR", "PROJECTION IMAGE", "MIP", "MINIP", "CSA", "3D", "REFORMATTED", "CSAMPR", "VOLREN"}
+    | {"MAXIMUM", "MINIMUM"}  # PS3.3 C.8.16.1.4, of Enhanced CT: projections
 )
 # Beyond 45 degrees a slice is nearer coronal or sagittal than axial. Between the two limits
 # the gantry was tilted: a slice then shows several heights and its score means none of them.
@@ -37,21 +38,27 @@ def is_uid(text: str) -> bool:
     return 0 < len(text) <= 64 and _UID.fullmatch(text) is not None
 
 
+def refuse_instance(header: SliceHeader) -> Reason | None:
+    """Return why no Frame of this Instance is scored, or None where one may be."""
+    uids = (header.sop_instance_uid, header.series_uid, header.study_uid)
+    if not all(map(is_uid, uids)):
+        return Reason.BAD_UID
+    enhanced = header.sop_class_uid in ENHANCED_CT
+    if not (enhanced or header.sop_class_uid == CT_IMAGE) or header.modality != "CT":
+        return Reason.NOT_CT
+    if header.number_of_frames > 1 and not enhanced:  # PS3.3 A.3: a CT Image has one
+        return Reason.MULTI_FRAME
+    return None
+
+
 def refuse_slice(header: SliceHeader) -> Reason | None:
-    """Return why this Instance is not scored, or None where it is.
+    """Return why this Frame is not scored, or None where it is.
 
     Only what the Instance itself says is looked at; what needs its neighbours is
     for `refuse_stack`.
     """
-    uids = (header.sop_instance_uid, header.series_uid, header.study_uid)
-    if not all(map(is_uid, uids)):
-        return Reason.BAD_UID
-    if header.sop_class_uid in ENHANCED_CT:
-        return Reason.MULTI_FRAME
-    if header.sop_class_uid != CT_IMAGE or header.modality != "CT":
-        return Reason.NOT_CT
-    if header.number_of_frames > 1:
-        return Reason.MULTI_FRAME
+    if reason := refuse_instance(header):
+        return reason
     if "LOCALIZER" in header.image_type[2:3]:
         return Reason.LOCALIZER
     if REFORMATS & set(header.image_type[2:]):

@@ -141,10 +141,10 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
                 ),
                 study_datetime=study_datetime(_text(ds, "StudyDate"), _text(ds, "StudyTime")),
                 modality=_text(ds, "Modality"),
-                image_type=tuple(str(v).strip().upper() for v in _values(ds, "ImageType")),
-                image_position=_floats(ds, "ImagePositionPatient", 3),
-                image_orientation=_floats(ds, "ImageOrientationPatient", 6),
-                pixel_spacing=_floats(ds, "PixelSpacing", 2),
+                image_type=image_type(ds),
+                image_position=floats(ds, "ImagePositionPatient", 3),
+                image_orientation=floats(ds, "ImageOrientationPatient", 6),
+                pixel_spacing=floats(ds, "PixelSpacing", 2),
                 rows=_integer(ds, "Rows") or 0,
                 columns=_integer(ds, "Columns") or 0,
                 number_of_frames=_integer(ds, "NumberOfFrames") or 1,
@@ -196,16 +196,16 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
         raise CorruptObject(f"{rows} x {columns} pixels", Reason.PIXEL_DATA)
     if "PixelData" not in ds:
         raise CorruptObject("no pixel data", Reason.PIXEL_DATA)
-    syntax = _syntax(ds)
+    told = syntax(ds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # trailing padding, odd lengths: harmless, and many
             _check_frames(ds)
-            if syntax in codecs.KNOWN:
+            if told in codecs.KNOWN:
                 frame = next(generate_frames(ds.PixelData, number_of_frames=1))
                 image = codecs.encapsulated(layout(ds), [frame])
-            elif not _is_native(syntax):
-                raise UnsupportedObject(f"transfer syntax {syntax}")
+            elif not is_native(told):
+                raise UnsupportedObject(f"transfer syntax {told}")
             else:
                 image = ds.pixel_array
     except DicomError:
@@ -224,7 +224,7 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
 def layout(ds: Dataset) -> Layout:
     """Return how the pixels of a data set are stored."""
     return Layout(
-        _syntax(ds),
+        syntax(ds),
         _integer(ds, "Rows") or 0,
         _integer(ds, "Columns") or 0,
         _integer(ds, "SamplesPerPixel"),
@@ -235,8 +235,13 @@ def layout(ds: Dataset) -> Layout:
     )
 
 
-def rescale(ds: Dataset) -> pixels.Rescale:
+def rescale(ds: Dataset, padded: Dataset | None = None) -> pixels.Rescale:
     """Return what makes HU of the stored values of a data set.
+
+    Parameters
+    ----------
+    padded
+        Which says what padding is, where `ds` is but a part of it.
 
     Raises
     ------
@@ -244,8 +249,8 @@ def rescale(ds: Dataset) -> pixels.Rescale:
         If it is nothing that makes HU.
     """
     try:
-        slope, intercept = _floats(ds, "RescaleSlope", 1), _floats(ds, "RescaleIntercept", 1)
-        padding = _padding(ds)
+        slope, intercept = floats(ds, "RescaleSlope", 1), floats(ds, "RescaleIntercept", 1)
+        padding = _padding(ds if padded is None else padded)
     except Exception as exc:
         raise CorruptObject("rescale values cannot be read", Reason.PIXEL_DATA) from exc
     found = pixels.Rescale((slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0], padding)
@@ -261,6 +266,33 @@ def is_sound(rescale: pixels.Rescale) -> bool:
     NaN and 1e38 come from damaged headers.
     """
     return all(abs(value) <= MAX_RESCALE for value in (rescale.slope, rescale.intercept))
+
+
+def image_type(ds: Dataset, keyword: str = "ImageType") -> tuple[str, ...]:
+    """Return the values of Image Type or Frame Type, upper case."""
+    return tuple(str(value).strip().upper() for value in _values(ds, keyword))
+
+
+def floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Return so many numbers of an element, None where they are not as many, or no numbers."""
+    try:
+        values = tuple(float(v) for v in _values(ds, keyword))
+    except (TypeError, ValueError):
+        return None
+    return values if len(values) == count else None
+
+
+def syntax(ds: Dataset) -> str:
+    """Return the transfer syntax of a data set."""
+    return str(ds.file_meta.get("TransferSyntaxUID", "unknown"))
+
+
+def is_native(transfer_syntax_uid: str) -> bool:
+    """Whether pixels of a transfer syntax are uncompressed; of a private one nobody knows."""
+    try:
+        return not UID(transfer_syntax_uid).is_encapsulated
+    except ValueError:  # a private one
+        return False
 
 
 def _check_frames(ds: Dataset) -> None:
@@ -284,16 +316,8 @@ def _text(ds: Dataset, keyword: str) -> str:
     return text.replace("\0", "").strip(" ")
 
 
-def _floats(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    try:
-        values = tuple(float(v) for v in _values(ds, keyword))
-    except (TypeError, ValueError):
-        return None
-    return values if len(values) == count else None
-
-
 def _integer(ds: Dataset, keyword: str) -> int | None:
-    values = _floats(ds, keyword, 1)
+    values = floats(ds, keyword, 1)
     return int(values[0]) if values and math.isfinite(values[0]) else None
 
 
@@ -303,14 +327,3 @@ def _padding(ds: Dataset) -> tuple[int, int] | None:
         return None
     limit = _integer(ds, "PixelPaddingRangeLimit")
     return value, value if limit is None else limit
-
-
-def _syntax(ds: Dataset) -> str:
-    return str(ds.file_meta.get("TransferSyntaxUID", "unknown"))
-
-
-def _is_native(transfer_syntax_uid: str) -> bool:
-    try:
-        return not UID(transfer_syntax_uid).is_encapsulated
-    except ValueError:  # a private one
-        return False

@@ -1,21 +1,23 @@
 """From the bytes of one Instance to what the network sees of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from pydicom.dataset import Dataset
+
 from dicomnode.core import admission, geometry, outline, preprocess
 from dicomnode.core.pixels import Rescale
-from dicomnode.dicomio import codecs, dataset, scan
-from dicomnode.errors import DicomError
+from dicomnode.dicomio import codecs, dataset, frames, scan
+from dicomnode.errors import CorruptObject, DicomError
 from dicomnode.model import Reason, SliceHeader
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What one Instance holds for the regressor: its input, or the reason why it has none."""
+    """What one Frame holds for the regressor: its input, or the reason why it has none."""
 
     header: SliceHeader
     input: preprocess.Input | None = None
@@ -28,8 +30,10 @@ def decode(
     source: Path | BinaryIO | bytes | bytearray | memoryview,
     spec: preprocess.PreprocessSpec,
     default_issuers: Mapping[str, str] | None = None,
-) -> Decoded:
-    """Return header and network input of one Instance.
+) -> tuple[Decoded, ...]:
+    """Return header and network input of each Frame of an Instance, in their stored order.
+
+    One, but for Enhanced CT; one, too, where all of its Frames are refused alike.
 
     Parameters
     ----------
@@ -49,20 +53,86 @@ def decode(
     issuers = default_issuers or {}
     scanned = scan.scan(data, issuers)
     if scanned is not None:
-        header = scanned.header
+        ds, header = None, scanned.header
     else:
         ds = dataset.read(BytesIO(data))
         calling = dataset.calling_ae_title(ds)
         header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
+    if reason := admission.refuse_instance(header):
+        return (Decoded(header, reason=reason),)
+    if header.sop_class_uid in admission.ENHANCED_CT:
+        return _frames(data, scanned, ds, header, spec)
     if reason := admission.refuse_slice(header):
-        return Decoded(header, reason=reason)
+        return (Decoded(header, reason=reason),)
     try:
         if scanned is not None and (image := _stored(scanned)) is not None:
-            return _prepared(header, image, scanned.rescale, spec)
-        image, rescale = dataset.stored(ds if scanned is None else dataset.read(BytesIO(data)))
-        return _prepared(header, image, rescale, spec)
+            return (_prepared(header, image, scanned.rescale, spec),)
+        image, rescale = dataset.stored(ds or dataset.read(BytesIO(data)))
+        return (_prepared(header, image, rescale, spec),)
     except DicomError as exc:
-        return Decoded(header, reason=exc.reason, detail=str(exc))
+        return (Decoded(header, reason=exc.reason, detail=str(exc)),)
+
+
+def _frames(
+    data: memoryview,
+    scanned: scan.Scanned | None,
+    ds: Dataset | None,
+    header: SliceHeader,
+    spec: preprocess.PreprocessSpec,
+) -> tuple[Decoded, ...]:
+    """Frame by Frame, so that one image at a time is in memory."""
+    try:
+        if ds is None:  # what is said of Frames lies before their pixels
+            before = data[: scanned.pixels_at] if scanned else data
+            ds = dataset.read(BytesIO(before), pixels=False)
+        found = frames.headers(ds, header)
+        raws: Iterable[frames.Raw | int] | None = frames.of_scanned(scanned) if scanned else None
+        if raws is None:
+            ds = dataset.read(BytesIO(data)) if scanned else ds
+            raws = frames.of_dataset(ds, len(found))
+        layout = dataset.layout(ds)
+    except DicomError as exc:
+        return (Decoded(header, reason=exc.reason, detail=str(exc)),)
+    return tuple(_decoded(frame, raw, layout, ds, spec) for frame, raw in _paired(found, raws))
+
+
+def _paired(
+    found: list[frames.Frame], raws: Iterable[frames.Raw | int]
+) -> Iterator[tuple[frames.Frame, frames.Raw | int | DicomError]]:
+    """Each Frame with its bytes; with what is wrong with the bytes from some Frame on."""
+    waiting = iter(found)
+    wrong: DicomError = CorruptObject("fewer Frames than told", Reason.PIXEL_DATA)
+    try:
+        for raw in raws:
+            if (frame := next(waiting, None)) is None:
+                return
+            yield frame, raw
+    except DicomError as exc:
+        wrong = exc
+    except Exception as exc:  # pydicom parts fragments lazily, and raises whatever it meets
+        wrong = CorruptObject(f"Frames cannot be parted: {type(exc).__name__}", Reason.PIXEL_DATA)
+    for frame in waiting:
+        yield frame, wrong
+
+
+def _decoded(
+    frame: frames.Frame,
+    raw: frames.Raw | int | DicomError,
+    layout: scan.Layout,
+    ds: Dataset,
+    spec: preprocess.PreprocessSpec,
+) -> Decoded:
+    if reason := admission.refuse_slice(frame.header):
+        return Decoded(frame.header, reason=reason)
+    try:
+        if isinstance(raw, DicomError):
+            raise raw
+        if isinstance(frame.rescale, DicomError):
+            raise frame.rescale
+        image = frames.stored(layout, raw, ds)
+    except DicomError as exc:
+        return Decoded(frame.header, reason=exc.reason, detail=str(exc))
+    return _prepared(frame.header, image, frame.rescale, spec)
 
 
 def _stored(scanned: scan.Scanned) -> codecs.Stored | None:

@@ -36,6 +36,7 @@ _explicit = Struct("<HH2sH").unpack_from
 _implicit = Struct("<HHL").unpack_from
 _long = Struct("<L").unpack_from
 _short = Struct("<H").unpack_from
+_LONGS = Struct("<L").iter_unpack
 _signed_short = Struct("<h").unpack_from
 # Text that every character set listed below reads as ASCII does, and that no reader splits:
 # without backslash (several values), tilde (another sign in ISO_IR 13), escapes, line ends.
@@ -85,13 +86,15 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """What a file says of its one frame, and where that lies."""
+    """What a file says of its frames, and where their pixels lie."""
 
     header: SliceHeader
     layout: Layout
     rescale: Rescale
     pixel_data: memoryview | None  # of native pixels
-    fragments: tuple[memoryview, ...] | None  # of encapsulated ones, without the offset table
+    fragments: tuple[memoryview, ...] | None  # of encapsulated ones, without the offset table,
+    offsets: tuple[int, ...]  # which it is: bytes to a frame from the first fragment's item
+    pixels_at: int  # where the value of Pixel Data begins; the end of the file without one
 
 
 def scan(data: memoryview, default_issuers: Mapping[str, str]) -> Scanned | None:
@@ -192,7 +195,7 @@ def _walk_explicit(data: memoryview, at: int) -> _Found:
             (length,) = _long(data, at)
             at += 4
             if length == _UNDEFINED:
-                if tag == _PIXEL_DATA:
+                if tag == _PIXEL_DATA and vr in (b"OB", b"OW"):
                     found[tag] = at, length
                     at = _fragments(data, at)[1]
                     continue
@@ -346,10 +349,13 @@ class _Elements:
         frames = self._integer(0x00280008)
         pixel_data: memoryview | None = None
         fragments: tuple[memoryview, ...] | None = None
+        offsets: tuple[int, ...] = ()
         if _PIXEL_DATA in self.found:
             start, length = self.found[_PIXEL_DATA]
             if length == _UNDEFINED:
-                fragments = _fragments(self.data, start)[0][1:]
+                table, *rest = _fragments(self.data, start)[0] or (self.data[:0],)
+                fragments = tuple(rest)
+                offsets = tuple(n for (n,) in _LONGS(table[: len(table) // 4 * 4]))
             else:
                 pixel_data = self.data[start : start + length]
         slope, intercept = floats(0x00281053, 1), floats(0x00281052, 1)
@@ -390,6 +396,8 @@ class _Elements:
             Rescale((slope or (1.0,))[0] or 1.0, (intercept or (0.0,))[0], self._padding()),
             pixel_data,
             fragments,
+            offsets,
+            self.found.get(_PIXEL_DATA, (len(self.data),))[0],
         )
 
     def _raw(self, tag: int) -> bytes:

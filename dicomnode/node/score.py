@@ -257,10 +257,10 @@ class ScoreStage:
             return decoded
         return [
             Read(d, preview.pack(d.input) if self.keep_inputs and d.input is not None else None)
-            for d in [decoded]
+            for d in decoded
         ]
 
-    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+    def _decode(self, entry: SpooledInstance) -> tuple[dicomio.Decoded, ...] | DicomError:
         try:
             data = self.spool.read(entry)
             return dicomio.decode(data, self.scorer.bundle.spec, self.default_issuers)

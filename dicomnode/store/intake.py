@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -163,7 +163,7 @@ def claimed_slices(session: Session, series_id: int) -> Claimed:
     # A bundle was exchanged while the Series was open: scores of two bundles do not compare.
     model = max(sorted(set(models)), key=models.count, default=None)
     scored = [r for r in rows if r.reason is None and r.model == model]
-    aside = {r.sop_instance_uid: str(r.reason) for r in rows if r.reason is not None}
+    aside = {(r.sop_instance_uid, r.frame): str(r.reason) for r in rows if r.reason is not None}
     return Claimed(scored_slices(scored), aside, model, len(models) - len(scored))
 
 
@@ -189,7 +189,7 @@ def finish_series(
     series.revision += 1
     series.evidence = evidence
     series.finished_at = now
-    series.set_aside = claimed.set_aside
+    series.set_aside = {frame_key(*at): reason for at, reason in claimed.set_aside.items()}
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
     _drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
@@ -201,7 +201,8 @@ def finish_series(
     if len(outcome.frames) == len(claimed.slices) and not claimed.other_model:
         _delete_slices(session, series_id)
     else:
-        _delete_slices(session, series_id, [*claimed.set_aside, *outcome.sop_instance_uids])
+        in_curve = zip(outcome.sop_instance_uids, outcome.frames, strict=True)
+        _delete_slices(session, series_id, [*claimed.set_aside, *in_curve])
     placed = {(s.sop_instance_uid, s.frame): s for s in claimed.slices}
     kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
     session.add(curve_row(series, outcome, kept, now))
@@ -254,9 +255,9 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     upsert(session, schema.Arrival, arrivals)
     series.received = (
         session.scalar(
-            select(func.count())
-            .select_from(schema.Slice)
-            .where(schema.Slice.series_id == series.id)
+            select(func.count(schema.Slice.sop_instance_uid.distinct())).where(
+                schema.Slice.series_id == series.id
+            )
         )
         or 0
     )
@@ -294,25 +295,25 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
     return session.scalars(query).one()
 
 
-def _known_slices(session: Session, series: schema.Series) -> dict[str, _Known]:
-    """SOP Instance UID -> what is stored of it, of a finished Series."""
-    known = dict.fromkeys(series.set_aside, _Known())
+def _known_slices(session: Session, series: schema.Series) -> dict[tuple[str, int], _Known]:
+    """SOP Instance UID and Frame -> what is stored of it, of a finished Series."""
+    known = dict.fromkeys(map(frame_of_key, series.set_aside), _Known())
     for slice_ in session.scalars(select(schema.Slice).where(schema.Slice.series_id == series.id)):
-        known[slice_.sop_instance_uid] = _Known(
+        known[slice_.sop_instance_uid, slice_.frame] = _Known(
             slice_.model, slice_.score, tuple(slice_.image_position or ())
         )
     row = session.get(schema.Curve, series.id)
     if row is not None:
         positions = array(row.image_position, "<f8").reshape(-1, 3)
         scores = array(row.score, "<f4")
-        for (uid, _, _), score, position in zip(instances(row), scores, positions, strict=True):
-            known[uid] = _Known(row.model, float(score), tuple(position.tolist()))
+        for (uid, frame, _), score, position in zip(instances(row), scores, positions, strict=True):
+            known[uid, frame] = _Known(row.model, float(score), tuple(position.tolist()))
     return known
 
 
-def _is_known(result: SliceResult, model: str, known: dict[str, _Known]) -> bool:
+def _is_known(result: SliceResult, model: str, known: dict[tuple[str, int], _Known]) -> bool:
     """Whether a slice of a finished Series tells nothing new."""
-    stored = known.get(result.header.sop_instance_uid)
+    stored = known.get((result.header.sop_instance_uid, result.header.frame))
     if stored is None:
         return False
     if result.score is None:  # a reason adds nothing to a score, nor to another reason
@@ -348,12 +349,13 @@ def reopen(session: Session, series: schema.Series) -> None:
                     preview=previews[i] if previews else None,
                 )
             )
-    for uid, reason in series.set_aside.items():
+    for key, reason in series.set_aside.items():
+        uid, frame = frame_of_key(key)
         session.add(
             schema.Slice(
                 series_id=series.id,
                 sop_instance_uid=uid,
-                frame=1,
+                frame=frame,
                 reason=reason,
                 frame_of_reference_uid="",
             )
@@ -367,7 +369,7 @@ def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
     return {
         "series_id": series_id,
         "sop_instance_uid": h.sop_instance_uid,
-        "frame": 1,
+        "frame": h.frame,
         "model": model if r.score is not None else None,
         "score": r.score,
         "reason": r.reason,
@@ -384,18 +386,32 @@ def _finite(values: tuple[float, ...] | None) -> list[float] | None:
     return list(values) if values and np.isfinite(values).all() else None
 
 
-def _delete_slices(session: Session, series_id: int, uids: Iterable[str] | None = None) -> None:
-    """Delete the slice rows of some Instances of a Series, or of all."""
+def frame_key(sop_instance_uid: str, frame: int) -> str:
+    """Return the name of a Frame in JSON: the UID, and which Frame where it is not the first."""
+    return sop_instance_uid if frame == 1 else f"{sop_instance_uid}#{frame}"
+
+
+def frame_of_key(key: str) -> tuple[str, int]:
+    """Return the Frame that `frame_key` named."""
+    uid, _, frame = key.partition("#")
+    return uid, int(frame or 1)
+
+
+def _delete_slices(
+    session: Session, series_id: int, frames: Iterable[tuple[str, int]] | None = None
+) -> None:
+    """Delete the slice rows of some Frames of a Series, or of all."""
     rows = delete(schema.Slice).where(schema.Slice.series_id == series_id)
-    if uids is None:
+    if frames is None:
         session.execute(rows)
         return
+    key = tuple_(schema.Slice.sop_instance_uid, schema.Slice.frame)
     # In parts: SQLite takes 32,766 parameters in a statement.
-    for part in _parts(sorted(uids), 10_000):
-        session.execute(rows.where(schema.Slice.sop_instance_uid.in_(part)))
+    for part in _parts(sorted(frames), 10_000):
+        session.execute(rows.where(key.in_(part)))
 
 
-def _parts(items: list[str], size: int) -> list[list[str]]:
+def _parts(items: list[tuple[str, int]], size: int) -> list[list[tuple[str, int]]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

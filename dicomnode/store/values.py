@@ -19,7 +19,7 @@ from dicomnode.model import (
 
 @dataclass(frozen=True, slots=True)
 class SliceResult:
-    """What decode and score made of one Instance: a score, or the reason why there is none."""
+    """What decode and score made of one Frame: a score, or the reason why there is none."""
 
     header: SliceHeader
     association_id: str
@@ -47,7 +47,7 @@ class SeriesRow:
     received: int
     scored: int
     expected: int | None
-    set_aside: dict[str, int]  # reason -> Instances
+    set_aside: dict[str, int]  # reason -> slices
     first_arrival_at: datetime
     last_arrival_at: datetime
     quality: Quality | None
@@ -87,7 +87,7 @@ class Claimed:
     """The slices of an open Series: those scored by one bundle, and those set aside."""
 
     slices: tuple[ScoredSlice, ...]
-    set_aside: dict[str, str]  # SOP Instance UID -> reason
+    set_aside: dict[tuple[str, int], str]  # SOP Instance UID and Frame -> reason
     model: str | None  # digest of that bundle, None where nothing was scored
     other_model: int  # slices that another bundle scored
 

@@ -50,7 +50,7 @@ from dicomnode import dicomio
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.dicomio import codecs, dataset, scan
 from dicomnode.errors import DicomError
-from tests.dicom import compress, ct_dataset, part10
+from tests.dicom import compress, ct_dataset, enhanced_ct, part10
 
 SPEC = PreprocessSpec()
 ISSUERS = {"": "HOSPITAL", "SCANNER": "SCANNERS"}
@@ -85,7 +85,21 @@ def seeds() -> list[bytes]:
         for fragments in (1, 2):
             files.append(part10(compress(_native(ExplicitVRLittleEndian), syntax, fragments)))
     files.append(part10(_baseline()))
+    files += [part10(_enhanced(legacy)) for legacy in (False, True)]
+    files += [
+        part10(compress(_enhanced(), syntax, fragments))
+        for syntax, fragments in ((JPEGLSLossless, 1), (RLELossless, 2), (JPEG2000Lossless, 1))
+    ]
     return files
+
+
+def _enhanced(legacy: bool = False) -> Dataset:
+    slices = [_native(ExplicitVRLittleEndian, plain=True) for _ in range(3)]
+    for k, one in enumerate(slices):
+        one.ImagePositionPatient = ["-24", "-24", str(5 * k)]
+    ds = enhanced_ct(slices, legacy=legacy)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.6"
+    return ds
 
 
 def _native(syntax: str, plain: bool = False) -> Dataset:
@@ -200,17 +214,18 @@ def _swap_tag(whole: bytearray, rng: random.Random) -> None:
 
 
 def _insert(whole: bytearray, rng: random.Random) -> None:
-    at = rng.randrange(132, len(whole))
+    at = _place(whole, rng)
     whole[at:at] = rng.randbytes(rng.choice((1, 2, 8, 100)))
 
 
 def _delete(whole: bytearray, rng: random.Random) -> None:
-    at = rng.randrange(132, len(whole))
+    at = _place(whole, rng)
     del whole[at : at + rng.choice((1, 2, 8, 100))]
+    whole.extend(b"" if whole else b"\0")
 
 
 def _repeat(whole: bytearray, rng: random.Random) -> None:
-    at = rng.randrange(132, len(whole))
+    at = _place(whole, rng)
     part = whole[at : at + rng.choice((8, 20, 300))]
     whole[at:at] = part
 
@@ -225,6 +240,10 @@ def _append(whole: bytearray, rng: random.Random) -> None:
     whole.extend(
         rng.choice((b"\0", bytes(8), rng.randbytes(30), b"\xe0\x7f\x10\x00OW\0\0\2\0\0\0ab"))
     )
+
+
+def _place(whole: bytearray, rng: random.Random) -> int:
+    return rng.randrange(min(132, len(whole) - 1), len(whole))
 
 
 def _any(whole: bytearray, what: bytes, rng: random.Random) -> int:
@@ -266,9 +285,12 @@ def outcome(data: bytes) -> str:
     """
     try:
         decoded = dicomio.decode(data, SPEC, ISSUERS)
-        told = f"reason {decoded.reason}" if decoded.reason else "decoded"
-        if (decoded.input is None) != (decoded.reason is not None):
+        if any((d.input is None) != (d.reason is not None) for d in decoded):
             raise Broke("neither an input nor a reason, or both")
+        if [d.header.frame for d in decoded] != list(range(1, len(decoded) + 1)):
+            raise Broke("Frames are not counted from 1")
+        reason = next((d.reason for d in decoded if d.reason), None)
+        told = f"reason {reason}" if reason else "decoded"
     except DicomError as exc:
         told = f"error {exc.reason}"
     scanned = scan.scan(memoryview(data), ISSUERS)

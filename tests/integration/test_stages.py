@@ -84,8 +84,7 @@ def brightness_bundle(folder: Path) -> Bundle:
     convolutions = [m for m in net.basis if isinstance(m, torch.nn.Conv2d)]
     spec = PreprocessSpec()
     ends = [
-        dicomio.decode(pydicom.filebase.DicomBytesIO(part10(ct_slice(SERIES, level))), spec).input
-        for level in (0, LEVELS - 1)
+        dicomio.decode(part10(ct_slice(SERIES, level)), spec)[0].input for level in (0, LEVELS - 1)
     ]
     with torch.no_grad():
         for conv in convolutions:
@@ -396,7 +395,7 @@ def test_a_scorer_takes_more_inputs_than_a_batch(bundle):
     inputs: list[Input] = []
     for level in range(5):
         file = pydicom.filebase.DicomBytesIO(part10(ct_slice(SERIES, level)))
-        decoded = dicomio.decode(file, bundle.spec)
+        (decoded,) = dicomio.decode(file, bundle.spec)
         assert decoded.input is not None
         inputs.append(decoded.input)
     score = scorer.score(inputs)
@@ -415,7 +414,7 @@ class Watched(ScoreStage):
         super().__init__(*arguments, **values)
         self.decoded: list[str] = []
 
-    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+    def _decode(self, entry: SpooledInstance) -> tuple[dicomio.Decoded, ...] | DicomError:
         self.decoded.append(entry.name)
         return super()._decode(entry)
 
@@ -629,7 +628,7 @@ def test_no_file_stops_the_queue_behind_it(spool, node, stage):
 class Mortal(ScoreStage):
     """Dies of a file that holds POISON, as a worker does when a codec crashes."""
 
-    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+    def _decode(self, entry: SpooledInstance) -> tuple[dicomio.Decoded, ...] | DicomError:
         if POISON in bytes(self.spool.read(entry)):
             raise SystemExit("killed")
         return super()._decode(entry)
@@ -638,7 +637,7 @@ class Mortal(ScoreStage):
 class Sick(ScoreStage):
     """Cannot decode a file that holds POISON, but lives."""
 
-    def _decode(self, entry: SpooledInstance) -> dicomio.Decoded | DicomError:
+    def _decode(self, entry: SpooledInstance) -> tuple[dicomio.Decoded, ...] | DicomError:
         if POISON in bytes(self.spool.read(entry)):
             raise MemoryError
         return super()._decode(entry)

@@ -188,7 +188,7 @@ def test_a_bank_holds_the_inputs_that_the_node_sees(index, bank):
             archived.z_mm,
         )
         for k in (0, 17, 39):
-            decoded = dicomio.decode(archived.paths[k], bank.spec)
+            (decoded,) = dicomio.decode(archived.paths[k], bank.spec)
             np.testing.assert_array_equal(bank.inputs(s)[k], decoded.input)
 
 

@@ -51,8 +51,6 @@ def test_an_axial_ct_slice_is_scored():
         ({"sop_instance_uid": ""}, Reason.BAD_UID),
         ({"series_uid": "1.2.x"}, Reason.BAD_UID),
         ({"study_uid": "1." + "2" * 63}, Reason.BAD_UID),
-        ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.2.1"}, Reason.MULTI_FRAME),  # Enhanced CT
-        ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.2.2"}, Reason.MULTI_FRAME),  # Legacy Converted
         ({"number_of_frames": 2}, Reason.MULTI_FRAME),
         ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.4"}, Reason.NOT_CT),  # MR
         ({"sop_class_uid": "1.2.840.10008.5.1.4.1.1.7"}, Reason.NOT_CT),  # Secondary Capture
@@ -165,3 +163,15 @@ def test_what_to_do_with_an_error_is_told_by_one_class():
     for kind in kinds:
         assert issubclass(kind, NodeError)
         assert not any(issubclass(kind, other) for other in kinds if other is not kind)
+
+
+@pytest.mark.parametrize("sop_class_uid", sorted(admission.ENHANCED_CT))
+def test_frames_of_enhanced_ct_are_judged_one_by_one(sop_class_uid):
+    frame = replace(SOUND, sop_class_uid=sop_class_uid, number_of_frames=600, frame=7)
+    assert admission.refuse_instance(frame) is None
+    assert admission.refuse_slice(frame) is None
+    localizer = replace(frame, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"))
+    assert admission.refuse_slice(localizer) is Reason.LOCALIZER
+    projection = replace(frame, image_type=("DERIVED", "PRIMARY", "AXIAL", "MAXIMUM"))
+    assert admission.refuse_slice(projection) is Reason.REFORMAT
+    assert admission.refuse_instance(replace(frame, modality="MR")) is Reason.NOT_CT

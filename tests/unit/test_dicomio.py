@@ -49,7 +49,8 @@ def header(**overrides):
 
 
 def decode(data: bytes, **options) -> dicomio.Decoded:
-    return dicomio.decode(BytesIO(data), SPEC, **options)
+    (only,) = dicomio.decode(BytesIO(data), SPEC, **options)
+    return only
 
 
 def stored(value: int, dtype: str = "<i2") -> bytes:
@@ -376,7 +377,7 @@ def test_a_sender_without_a_default_issuer_gives_none():
         ({"ImageOrientationPatient": ["1", "0", "0", "0", "0", "-1"]}, Reason.NON_AXIAL),
         ({"ImageOrientationPatient": ["1", "0", "0", "0", "0.866", "0.5"]}, Reason.TILT),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4", "Modality": "MR"}, Reason.NOT_CT),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, Reason.MULTI_FRAME),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, Reason.CORRUPT),  # says not of Frames
         ({"NumberOfFrames": "3"}, Reason.MULTI_FRAME),
         ({"SeriesInstanceUID": None}, Reason.BAD_UID),
         ({"StudyInstanceUID": None}, Reason.BAD_UID),
