@@ -222,17 +222,28 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
 
 
 def layout(ds: Dataset) -> Layout:
-    """Return how the pixels of a data set are stored."""
-    return Layout(
-        syntax(ds),
-        _integer(ds, "Rows") or 0,
-        _integer(ds, "Columns") or 0,
-        _integer(ds, "SamplesPerPixel"),
-        _text(ds, "PhotometricInterpretation"),
-        _integer(ds, "BitsAllocated"),
-        _integer(ds, "BitsStored"),
-        _integer(ds, "PixelRepresentation"),
-    )
+    """Return how the pixels of a data set are stored.
+
+    Raises
+    ------
+    CorruptObject
+        If that cannot be read.
+    """
+    try:
+        return Layout(
+            syntax(ds),
+            _integer(ds, "Rows") or 0,
+            _integer(ds, "Columns") or 0,
+            _integer(ds, "SamplesPerPixel"),
+            _text(ds, "PhotometricInterpretation"),
+            _integer(ds, "BitsAllocated"),
+            _integer(ds, "BitsStored"),
+            _integer(ds, "PixelRepresentation"),
+        )
+    except Exception as exc:  # a broken element surfaces only when it is converted
+        raise CorruptObject(
+            f"pixels cannot be understood: {type(exc).__name__}", Reason.PIXEL_DATA
+        ) from exc
 
 
 def rescale(ds: Dataset, padded: Dataset | None = None) -> pixels.Rescale:

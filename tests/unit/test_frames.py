@@ -189,3 +189,10 @@ def test_many_frames_need_room_for_one_at_a_time():
     tracemalloc.stop()
     assert {f.reason for f in frames} == {Reason.EMPTY}
     assert peak < len(data) / 2  # 15.7 MB of pixels
+
+
+def test_a_broken_pixel_element_is_a_reason():
+    data = part10(enhanced_ct(slices()))
+    at = data.index(b"\x28\x00\x00\x01US")
+    (only,) = dicomio.decode(data[: at + 4] + b"U\x17" + data[at + 6 :], SPEC)
+    assert only.reason is Reason.PIXEL_DATA
