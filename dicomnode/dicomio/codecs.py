@@ -1,8 +1,8 @@
 """Stored pixel values of one frame, by the fastest exact codec that damaged frames do not crash.
 
-With GDCM and OpenJPH in use, ten thousand damaged files (`tests/fuzz/data_sets.py`) killed the process
-seven times, by what was on stderr mostly in GDCM; OpenJPH's errors are lost in imagecodecs, and what it
-then gives back was never written. Without the two nothing crashed.
+With GDCM and OpenJPH in use, ten thousand damaged files (`tests/fuzz/data_sets.py`) killed the
+process seven times, by what was on stderr mostly in GDCM; OpenJPH's errors are lost in
+imagecodecs, and what it then gives back was never written. Without the two nothing crashed.
 """
 
 from collections.abc import Callable, Sequence
