@@ -251,8 +251,8 @@ class ScoreSettings(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description='Numbers the network works in. "auto" takes bfloat16 where the device is much '
-        "faster by it and gives the same scores, which is tried when the node starts.",
+        description='Numbers the network works in. "auto" takes bfloat16 where the device is '
+        "made for it and gives the same scores, which is tried when the node starts.",
     )
     batch: int = Field(default=64, ge=1, le=1024, description="Slices scored at a time, at most.")
 

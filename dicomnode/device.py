@@ -6,9 +6,7 @@ captured once and replayed; the CPU runs the same batches as they come.
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,20 +29,22 @@ LANES = 4
 # Slices a pass on the CPU, whose caches hold what it makes: 0.40 ms a slice in bfloat16, where
 # passes of 64 take 0.50.
 CPU_PASS = 16
-# What "auto" asks of bfloat16 on this device: that it is so many times as fast, and that heights
-# of a drawn body differ by no more.
-FASTER, SAME_MM = 1.5, 2.0
-PROBES, REPEATS = 16, 5
+# What "auto" asks of bfloat16, beside units made for it: heights of a drawn body differ by no more.
+SAME_MM = 2.0
+PROBES = 16
 
 
 def pick_dtype(wanted: str, bundle: "Bundle", device: torch.device) -> torch.dtype:
     """Return the dtype of a setting: "float32", "bfloat16", or what "auto" finds best.
 
-    That is bfloat16 where it is much faster and says the same: a CPU without instructions for it
-    is slower by it. Takes less than a second.
+    That is bfloat16 where the device multiplies matrices in it (AMX: a quarter of the time; a CPU
+    without is slower by it) and says the same. Never a matter of time measured: a worker that
+    starts again has to score as the one before it did.
     """
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    if not _multiplies_bfloat16(device):
+        return torch.float32
     wide, narrow = (
         Runner(bundle, device, dtype, PROBES, capture=False)
         for dtype in (torch.float32, torch.bfloat16)
@@ -52,13 +52,23 @@ def pick_dtype(wanted: str, bundle: "Bundle", device: torch.device) -> torch.dty
     inputs = _probes(bundle.spec)
     try:
         apart_mm = np.abs(wide(inputs) - narrow(inputs)).max() * bundle.heights.mm_per_score
-        on_cpu = device.type == "cpu"
-        seconds = [_seconds(partial(runner, inputs), on_cpu) for runner in (wide, narrow)]
-    except RuntimeError as exc:  # a device that knows no bfloat16
+    except RuntimeError as exc:  # a device that knows no bfloat16 after all
         logger.warning("bfloat16 not used", extra={"reason": str(exc).splitlines()[0]})
         return torch.float32
-    better = seconds[0] >= FASTER * seconds[1] and apart_mm <= SAME_MM
-    return torch.bfloat16 if better else torch.float32
+    return torch.bfloat16 if apart_mm <= SAME_MM else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":  # compute capability 8.0, Ampere, brought it
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(_cpu_capabilities().get("amx_bf16"))
+    return False
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # an older torch does not tell
+    return dict(ask())
 
 
 class Runner:
@@ -210,17 +220,3 @@ def _probes(spec: PreprocessSpec) -> list[Input]:
     images_hu = phantom.volume(body, z_mm, pixel_mm=3.5, matrix=128)
     axial = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     return [preprocess.to_input(image, (3.5, 3.5), axial, spec) for image in images_hu]
-
-
-def _seconds(work: Callable[[], object], on_cpu: bool) -> float:
-    """Return the least seconds of some calls: of CPU time, where that is what works.
-
-    What else the machine does must not decide which dtype a node scores in.
-    """
-    clock = time.process_time if on_cpu else time.perf_counter
-    times = []
-    for _ in range(REPEATS):
-        start = clock()
-        work()  # ends with the scores here, so that nothing is left to be done
-        times.append(clock() - start)
-    return min(times)

@@ -133,6 +133,10 @@ class Spool:
             return self._follower.read(entry.place)
         return self._folder.read(entry)
 
+    def size(self, entry: SpooledInstance) -> int:
+        """Return how many bytes an Instance has, 0 where it was removed meanwhile."""
+        return entry.place.length if isinstance(entry.place, Place) else self._folder.size(entry)
+
     def waits(self, entry: Entry) -> bool:
         """Whether an entry was neither removed nor set aside yet."""
         if isinstance(entry.place, Place):

@@ -63,6 +63,13 @@ class Folder:
         """Return the bytes of an entry."""
         return (self.path / entry.name).read_bytes()
 
+    def size(self, entry: Entry) -> int:
+        """Return the bytes of an entry, 0 where it is not there."""
+        try:
+            return (self.path / entry.name).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def waits(self, entry: Entry) -> bool:
         """Whether an entry is there."""
         return (self.path / entry.name).exists()

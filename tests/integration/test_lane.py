@@ -25,7 +25,7 @@ from pynetdicom import AE, evt
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.sop_class import Verification
 
-from benchmarks.ingest import dcmtk
+from benchmarks.ingest.senders import dcmtk
 from dicomnode.config import Settings
 from dicomnode.node import receive
 from dicomnode.node.receive import Receiver

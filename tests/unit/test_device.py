@@ -154,24 +154,28 @@ def test_a_dtype_that_is_named_is_taken(bundle, wanted):
     assert device.pick_dtype(wanted, bundle, CPU) == getattr(torch, wanted)
 
 
-@pytest.mark.parametrize(
-    ("faster", "expected"), [(1.2, torch.float32), (2.0, torch.bfloat16)], ids=str
-)
-def test_half_the_bits_are_taken_where_they_pay(bundle, monkeypatch, faster, expected):
-    seconds = iter([faster, 1.0])
-    monkeypatch.setattr(device, "_seconds", lambda work, on_cpu: next(seconds))
-    assert device.pick_dtype("auto", bundle, CPU) == expected
+@pytest.fixture
+def amx(monkeypatch):
+    """A CPU made for bfloat16, whatever this one is made for."""
+    monkeypatch.setattr(device, "_cpu_capabilities", lambda: {"amx_bf16": True})
 
 
-def test_half_the_bits_are_not_taken_where_scores_differ(bundle, monkeypatch):
-    monkeypatch.setattr(device, "_seconds", lambda work, on_cpu: 1.0)
-    monkeypatch.setattr(device, "FASTER", 0.5)
+def test_half_the_bits_are_taken_where_they_pay(bundle, amx):
     assert device.pick_dtype("auto", bundle, CPU) == torch.bfloat16
+
+
+def test_all_bits_are_taken_where_half_do_not_pay(bundle, monkeypatch):
+    for capabilities in ({}, {"amx_bf16": False, "avx512_bf16": True}):
+        monkeypatch.setattr(device, "_cpu_capabilities", lambda c=capabilities: c)
+        assert device.pick_dtype("auto", bundle, CPU) == torch.float32
+
+
+def test_half_the_bits_are_not_taken_where_scores_differ(bundle, amx):
     coarse = replace(bundle, heights=replace(bundle.heights, mm_per_score=1e4))
     assert device.pick_dtype("auto", coarse, CPU) == torch.float32
 
 
-def test_a_device_without_half_the_bits_takes_all(bundle, monkeypatch, caplog):
+def test_a_device_without_half_the_bits_takes_all(bundle, amx, monkeypatch, caplog):
     def refuse(net: network.Regressor, dtype: torch.dtype) -> network.Regressor:
         def forward(x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("not implemented for 'BFloat16'")
