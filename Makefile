@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Files of tests at a time: most of them wait for sockets and timers.
+JOBS ?= 3
 
 .PHONY: demo test check bench clean
 
@@ -10,7 +12,7 @@ demo: $(READY)
 	$(BIN)/dicomnode demo
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -37,14 +37,14 @@ UNCOMPRESSED = (
 )
 COMPRESSED = (
     RLELossless,  # 0.8
-    HTJ2KLossless,  # 3.2
+    JPEGLosslessSV1,  # 2.1
+    JPEGLossless,
+    HTJ2KLossless,  # 3
     HTJ2KLosslessRPCL,
     HTJ2K,
-    JPEGLSLossless,  # 4.0
+    JPEGLSLossless,  # 3.7
     JPEGLSNearLossless,
-    JPEGLosslessSV1,  # 4.9
-    JPEGLossless,
-    JPEG2000Lossless,  # 17
+    JPEG2000Lossless,  # 20
     JPEG2000,
     # CT has more than 8 bits, but its secondary captures may come in these.
     JPEGBaseline8Bit,

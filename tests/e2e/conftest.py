@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,9 @@ from dicomnode.store import SeriesRow
 from tests.dicom import CANARIES, PATIENT_ID, leaks
 
 T = TypeVar("T")
+
+# Which of the processes of pytest-xdist this is.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 # Long enough for a machine that is busy with something else: a test that waits this long fails.
 DEADLINE_S = 90.0
@@ -423,11 +427,19 @@ def cli(*arguments: object, cwd: Path, seconds: float = 120.0) -> subprocess.Com
     return result
 
 
+# Of the tests that run at a time each takes ports of its own, below those the kernel gives out: a
+# port that was free a moment ago must not be somebody else's by then.
+_PORTS = itertools.cycle(range(base := 11_000 + 1_000 * WORKER, base + 1_000))
+
+
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    for port in itertools.islice(_PORTS, 1_000):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEGLSLossless
-from pynetdicom import AE
 from sqlalchemy import Engine
 
 from dicomnode import files, store
@@ -20,6 +19,7 @@ from dicomnode.node.score import Scorer, ScoreStage
 from dicomnode.spool import Spool
 from dicomnode.weights import Bundle
 from tests.dicom import compress, ct_dataset, enhanced_ct, part10
+from tests.e2e.conftest import association
 from tests.integration.test_stages import brightness_bundle
 
 FRAMES = 60
@@ -68,14 +68,13 @@ def receiver(settings) -> Iterator[Receiver]:
 
 
 def send(receiver: Receiver, *datasets: Dataset) -> None:
-    ae = AE("PACS")
-    for syntax in {ds.file_meta.TransferSyntaxUID for ds in datasets}:
-        ae.add_requested_context(datasets[0].SOPClassUID, syntax)
-    assoc = ae.associate("127.0.0.1", receiver.port, ae_title="DICOMNODE")
-    assert assoc.is_established
-    for ds in datasets:
-        assert assoc.send_c_store(ds).Status == 0x0000
-    assoc.release()
+    contexts = {(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID) for ds in datasets}
+    titles = {"calling_ae_title": "PACS", "called_ae_title": "DICOMNODE"}
+    offered = [(sop_class_uid, [syntax]) for sop_class_uid, syntax in sorted(contexts)]
+    with association(receiver.port, *offered, **titles) as assoc:
+        assert assoc.is_established
+        for ds in datasets:
+            assert assoc.send_c_store(ds).Status == 0x0000
 
 
 def work(engine: Engine, settings: Settings, bundle: Bundle) -> None:
