@@ -248,7 +248,6 @@ from dicomnode.node import receive
 settings = Settings.model_validate_json(sys.argv[1])
 limits = dataclasses.replace(receive.Limits(), stall_s=2.0, message_bytes=1 << 20)
 receive.Limits = lambda: limits
-receive.NETWORK_TIMEOUT_S = receive.ACSE_TIMEOUT_S = 2.0
 receive.handle_store = lambda *args, **kwargs: 0
 threading.excepthook = lambda args: None  # pynetdicom's threads may die of what they read
 logging.disable()
@@ -268,7 +267,12 @@ def receiver() -> Iterator[tuple[int, psutil.Process]]:
     with tempfile.TemporaryDirectory(prefix="dicomnode-fuzz-") as folder:
         peers = [{"ae_title": "PACS", "host": "127.0.0.1", "port": 104}]
         settings = {
-            "node": {"port": 0, "peers": peers},
+            "node": {
+                "port": 0,
+                "peers": peers,
+                "idle_seconds": 2.0,
+                "handshake_seconds": 2.0,
+            },
             "spool": {"path": str(Path(folder) / "spool"), "reserve_bytes": 0},
         }
         process = subprocess.Popen(

@@ -77,7 +77,9 @@ class Pair:
     def __init__(self, folder: Path) -> None:
         self.stored: dict[Path, list[Stored]] = {}
         self.by_lane = 0
-        self.receivers = [Receiver(make_settings(folder / str(on), on)) for on in (True, False)]
+        self.receivers = [
+            Receiver(make_settings(folder / str(on), on, idle_seconds=3.0)) for on in (True, False)
+        ]
         for receiver in self.receivers:
             receiver.start()
 
@@ -95,10 +97,16 @@ def callers() -> set[str]:
     return {frame.function for frame in inspect.stack(context=0)}
 
 
-def make_settings(folder: Path, fast_lane: bool) -> Settings:
+def make_settings(folder: Path, fast_lane: bool, **node: float) -> Settings:
     peers = [{"ae_title": "PACS", "host": "127.0.0.1", "port": 104}]
     return Settings(
-        node={"port": 0, "peers": peers, "fast_lane": fast_lane, "maximum_associations": 8},
+        node={
+            "port": 0,
+            "peers": peers,
+            "fast_lane": fast_lane,
+            "maximum_associations": 8,
+            **node,
+        },
         spool={"path": folder / "spool", "reserve_bytes": 0},
     )
 
@@ -106,7 +114,6 @@ def make_settings(folder: Path, fast_lane: bool) -> Settings:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(receive, "NETWORK_TIMEOUT_S", 3.0)
         pair = Pair(tmp_path_factory.mktemp("pair"))
         patch.setattr(receive, "handle_store", pair.handle_store)
         yield pair
@@ -142,7 +149,7 @@ def exchange(pair: Pair, receiver: Receiver, steps: list[Step], hang_up: bool) -
             with contextlib.suppress(OSError):
                 peer.connection.shutdown(socket.SHUT_WR)
         end = peer.finish(1.5)
-    eventually(lambda: not receiver._ae.active_associations, 5)
+    eventually(lambda: not receiver._visits, 5)
     return Outcome(peer.pdus, end, list(stored))
 
 
@@ -293,7 +300,9 @@ def test_what_is_regular_is_answered_and_stored_as_by_pynetdicom(pair, name):
     assert by_lane == plain
     assert by_lane.end == "closed"
     if by_lane.stored and name != "peer takes little":
-        assert pair.by_lane - before == len(by_lane.stored)  # none by pynetdicom
+        # None by pynetdicom, unless it was still busy with the C-ECHO that it had answered.
+        late = name == "echo between"
+        assert len(by_lane.stored) - late <= pair.by_lane - before <= len(by_lane.stored)
 
 
 @pytest.mark.parametrize("name", IRREGULAR)
@@ -511,9 +520,8 @@ def test_a_transfer_that_crawls_is_aborted(small):
         assert peer.finish() == "closed"
 
 
-def test_a_request_for_an_association_that_crawls_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(receive, "ACSE_TIMEOUT_S", 0.5)
-    receiver = Receiver(make_settings(tmp_path, True))
+def test_a_request_for_an_association_that_crawls_is_cut_off(tmp_path):
+    receiver = Receiver(make_settings(tmp_path, True, handshake_seconds=0.5))
     receiver.start()
     with Peer(receiver.port) as peer:
         started = time.monotonic()
@@ -585,7 +593,7 @@ def test_whoever_leaves_leaves_nothing(tmp_path, name):
 
     def count() -> tuple[int, int, int]:
         use(receiver)  # after all that waited to be accepted
-        assert eventually(lambda: not receiver._ae.active_associations, 5)
+        assert eventually(lambda: not receiver._visits, 5)
         assert eventually(lambda: receiver._budget.free == Limits().buffered_bytes, 5)
         gc.collect()
         return threading.active_count(), process.num_fds(), process.memory_info().rss
@@ -600,7 +608,7 @@ def test_whoever_leaves_leaves_nothing(tmp_path, name):
                     peer.receive(1)
                     peer.send(*LEAVERS[name][1:])
             # No more than the receiver takes at a time.
-            eventually(lambda: len(receiver._ae.active_associations) < 6, 5)
+            eventually(lambda: len(receiver._visits) < 6, 5)
     counts.append(count())
     receiver.stop()
     threads, fds, rss = zip(*counts, strict=True)
@@ -614,7 +622,7 @@ def test_health_checks_do_not_use_up_the_associations(tmp_path):
     receiver.start()
     for _ in range(40):
         Peer(receiver.port).connection.close()
-    assert eventually(lambda: not receiver._ae.active_associations, 5)
+    assert eventually(lambda: not receiver._visits, 5)
     use(receiver)
     receiver.stop()
 
