@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dicomnode.core import curve, geometry
 from dicomnode.errors import WeightsError
@@ -163,20 +164,13 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
     (K, 2) float64
         Lower and upper ends, mm, in ascending order, disjoint.
     """
-    from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
-
-    z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
-    slope = curve.robust_slope(z, height)
-    residual = height - slope * z
-    residual = np.abs(residual - np.median(residual))
-    sound = residual <= max(OUTLIER_MM, OUTLIER_DEVIATIONS * float(np.median(residual)))
-    usual = _usual_steps(np.diff(z))
-    run = np.concatenate([[0], np.cumsum(np.diff(z) > geometry.GAP_RATIO * usual)])
+    sound, height, slope = _smoothed(z_mm, height_mm)
+    usual = _usual_steps(np.diff(z_mm))
+    run = np.concatenate([[0], np.cumsum(np.diff(z_mm) > geometry.GAP_RATIO * usual)])
     # Half of what a slice stands for; a slice at an end has one neighbour, others the lesser.
     half_mm = 0.5 * np.minimum(np.append(usual, np.inf), np.append(np.inf, usual))
     half_mm *= np.clip(abs(slope), *curve.SLOPE_RANGE)
-    height, run, half_mm = height[sound], run[sound], half_mm[sound]
-    height = isotonic_regression(height, increasing=slope >= 0).x
+    run, half_mm = run[sound], half_mm[sound]
     ends = []
     for r in np.unique(run):
         at = np.flatnonzero(run == r)
@@ -188,6 +182,36 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
             low, high = merged[-1][0], max(high, merged.pop()[1])
         merged.append((float(low), float(high)))
     return np.array(merged)
+
+
+def slices(z_mm: Floats, height_mm: Floats, region: Region) -> tuple[int, int] | None:
+    """Return the indices of the lowest and the highest slice that show some of a region.
+
+    They are judged as `covered` judges them: what is read wrongly shows nothing, noise is
+    smoothed away. Where the region lies between two slices, or less than a slice beyond the
+    last, it is the slice nearest to it.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+    region : Region
+        With two limits.
+
+    Returns
+    -------
+    (int, int) or None
+        Indices of the curve, lower position first; None where the curve covers none of it.
+    """
+    low, high = region.low_mm, region.high_mm
+    if low is None or high is None or coverage(z_mm, height_mm, [region])[0][1] == 0:
+        return None
+    sound, height, _ = _smoothed(z_mm, height_mm)
+    at = np.flatnonzero((height >= low) & (height <= high))
+    if not len(at):
+        at = np.array([np.argmin(np.maximum(low - height, height - high))])
+    where = np.flatnonzero(sound)[at]
+    return int(where[0]), int(where[-1])
 
 
 def coverage(
@@ -226,6 +250,18 @@ def shown(shares: Sequence[tuple[Region, float]]) -> list[str]:
     """Return the names of the body parts a Series shows; of its organs where it shows no part."""
     names = [(r.name, r.part) for r, share in shares if share >= COVERED]
     return [name for name, part in names if not part] or [name for name, _ in names]
+
+
+def _smoothed(z_mm: Floats, height_mm: Floats) -> tuple[npt.NDArray[np.bool_], Floats, float]:
+    """Return which slices are read rightly (N,), the heights of these (M,), and their slope."""
+    from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
+
+    z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
+    slope = curve.robust_slope(z, height)
+    residual = height - slope * z
+    residual = np.abs(residual - np.median(residual))
+    sound = residual <= max(OUTLIER_MM, OUTLIER_DEVIATIONS * float(np.median(residual)))
+    return sound, isotonic_regression(height[sound], increasing=slope >= 0).x, slope
 
 
 def _limit(values: Mapping[str, Any], end: str) -> Limit:

@@ -17,13 +17,6 @@ MANUFACTURER = "dicomnode"
 VERSION = importlib.metadata.version("dicomnode-ssbr")
 # Of all UIDs made here; drawn once, never to be changed: a repeat is to write the same UIDs.
 NAMESPACE = uuid.UUID("6b3c1b0e-5b5c-4c53-9d0c-3f6a1d2f7a41")
-# Defined terms of Body Part Examined that are no paired structure (PS3.16 Annex L), as CT has them.
-UNPAIRED = frozenset(
-    "ABDOMEN ABDOMENPELVIS BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COLON CSPINE CTSPINE "
-    "HEAD HEADNECK HEART LARYNX LIVER LSPINE LSSPINE MEDIASTINUM NECK NECKCHEST NECKCHESTABDOMEN "
-    "NECKCHESTABDPELV PANCREAS PELVIS SKULL SPINE SPLEEN SSPINE STERNUM THORAX TLSPINE TSPINE "
-    "WHOLEBODY".split()
-)
 DIGEST = 16  # characters of a bundle's digest that name it, as everywhere in the node
 
 
@@ -74,21 +67,11 @@ def start(sop_class_uid: str, sop_instance_uid: str, source: Source) -> Dataset:
     return ds
 
 
-def add_series(
-    ds: Dataset, source: Source, *, modality: str, number: int, uid: str, title: str
-) -> None:
-    """Add the General Series module (PS3.3 C.7.3.1) of a Series of its own for this object.
-
-    Body Part Examined is that of the Series the object is about. Laterality is type 2C, required
-    of paired structures: where it is not known that there is none, it is there, and empty.
-    """
+def add_series(ds: Dataset, *, modality: str, number: int, uid: str, title: str) -> None:
+    """Add a Series of its own for this object (PS3.3 C.7.3.1): no two objects share one."""
     ds.Modality = modality
     ds.SeriesInstanceUID, ds.SeriesNumber = uid, number
     ds.SeriesDescription = text("SeriesDescription", title)
-    if source.body_part_examined:
-        ds.BodyPartExamined = source.body_part_examined
-    if source.body_part_examined not in UNPAIRED:
-        ds.Laterality = source.laterality
 
 
 def add_equipment(ds: Dataset, origin: Origin) -> None:

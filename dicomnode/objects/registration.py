@@ -5,8 +5,6 @@ takes points of the moving Series to points of the fixed one, `x_fixed = M x_mov
 C.20.2.1.1; not what a Deformable Spatial Registration or an ITK transform means).
 """
 
-import math
-
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import SpatialRegistrationStorage
@@ -19,6 +17,14 @@ from dicomnode.objects.modules import Origin
 from dicomnode.objects.source import Source
 
 SERIES_NUMBER = 9001  # far from those of scanners
+FARTHEST_MM = 1e5  # ten times what `admission` lets a slice be away: beyond, a curve was flat
+# Defined terms of Body Part Examined that are no paired structure (PS3.16 Annex L), as CT has them.
+UNPAIRED = frozenset(
+    "ABDOMEN ABDOMENPELVIS BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COLON CSPINE CTSPINE "
+    "HEAD HEADNECK HEART LARYNX LIVER LSPINE LSSPINE MEDIASTINUM NECK NECKCHEST NECKCHESTABDOMEN "
+    "NECKCHESTABDPELV PANCREAS PELVIS SKULL SPINE SPLEEN SSPINE STERNUM THORAX TLSPINE TSPINE "
+    "WHOLEBODY".split()
+)
 # PS3.16 CID 7100
 FRAME_OF_REFERENCE_IDENTITY = ("125021", "Frame of Reference Identity")
 IMAGE_CONTENT_BASED = ("125024", "Image Content-based Alignment")
@@ -43,8 +49,9 @@ def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) 
     if offset.status is OffsetStatus.REFUSED or offset.offset_mm is None:
         raise ObjectError(f"no registration of an offset that is {offset.status}")
     shift = {"x": offset.dx_mm, "y": offset.dy_mm, "z": offset.offset_mm}
-    if not all(math.isfinite(v) for v in (*shift.values(), offset.sigma_mm) if v is not None):
-        raise ObjectError("no registration of an offset that is not finite")
+    numbers = [v for v in (*shift.values(), offset.sigma_mm) if v is not None]
+    if not all(abs(v) <= FARTHEST_MM for v in numbers):  # nor NaN
+        raise ObjectError(f"no registration of an offset of {', '.join(map(str, numbers))} mm")
     if fixed.series_uid == moving.series_uid:
         raise ObjectError(f"no registration of Series {fixed.series_uid} onto itself")
     # A matrix holds a number for every axis, estimated or not: wherever a reader meets the object,
@@ -64,12 +71,12 @@ def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) 
     ds = modules.start(SpatialRegistrationStorage, modules.uid_of("registration", *key), fixed)
     modules.add_series(
         ds,
-        fixed,
         modality="REG",
         number=SERIES_NUMBER,
         uid=modules.uid_of("registration series", *key),
         title=_title(moving, offset, axes),
     )
+    _add_body_part(ds, fixed)
     modules.add_equipment(ds, origin)
     modules.add_content_time(ds, fixed, origin)
     # The registered coordinate system: that of the fixed Series. Where its Instances share none,
@@ -96,6 +103,18 @@ def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) 
     )
     _add_references(ds, fixed, moving)
     return modules.finish(ds)
+
+
+def _add_body_part(ds: Dataset, fixed: Source) -> None:
+    """Say which body part the fixed Series shows, and that no side of it is known.
+
+    Laterality (PS3.3 C.7.3.1) is type 2C, required of paired structures: only of those known not
+    to be one it is left out.
+    """
+    if fixed.body_part_examined:
+        ds.BodyPartExamined = fixed.body_part_examined
+    if fixed.body_part_examined not in UNPAIRED:
+        ds.Laterality = fixed.laterality
 
 
 def _item(
@@ -148,21 +167,19 @@ def _title(moving: Source, offset: Offset, axes: str) -> str:
 
 def _description(offset: Offset, origin: Origin) -> str:
     assert offset.offset_mm is not None
-    sigma = "unknown" if offset.sigma_mm is None else f"{_number(offset.sigma_mm)} mm"
-    shift = f"{'+' if offset.offset_mm >= 0 else ''}{_number(offset.offset_mm)}"
-    return f"z {shift} mm, sigma {sigma}, {offset.method}, {origin.model[: modules.DIGEST]}"
+    sigma = "unknown" if offset.sigma_mm is None else f"{offset.sigma_mm:.1f} mm"
+    return f"z {offset.offset_mm:+.1f} mm, sigma {sigma}, {offset.method}, model {origin.model[: modules.DIGEST]}"
 
 
 def _comment(offset: Offset, axes: str) -> str:
-    missing = " and ".join(axis for axis in "xyz" if axis not in axes)
-    comment = f"{missing} not estimated, their 0 is a placeholder" if missing else "x y z estimated"
+    missing = [axis for axis in "xyz" if axis not in axes]
+    whose = "their" if missing[1:] else "its"
+    comment = "x y z estimated, sigma is of z"
+    if missing:
+        comment = f"{' and '.join(missing)} not estimated, {whose} 0 is a placeholder"
     if offset.status is OffsetStatus.EXTRAPOLATED:
         comment = f"extrapolated; {comment}"
     return comment
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.0e}"
 
 
 def _date(date: str) -> str:

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pydicom import config
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.valuerep import validate_value
 
 from dicomnode.core import admission
@@ -150,7 +151,9 @@ def _text(header: Dataset, keyword: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's value warnings quote the value
         try:
-            text = str(header.get(keyword) or "").replace("\0", "").strip(" ")
+            value = header.get(keyword)
+            text = "" if isinstance(value, MultiValue) else str(value or "")
         except Exception:  # a broken element surfaces only when it is converted
             return ""
+        text = text.replace("\0", "").strip(" ")
         return text if text and sound(keyword, text) else ""
