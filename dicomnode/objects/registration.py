@@ -17,7 +17,7 @@ from dicomnode.objects.modules import Origin
 from dicomnode.objects.source import Source
 
 SERIES_NUMBER = 9001  # far from those of scanners
-FARTHEST_MM = 1e5  # ten times what `admission` lets a slice be away: beyond, a curve was flat
+FARTHEST_MM = 5e4  # twice what `admission` lets two slices be apart, and more: a curve was flat
 # Defined terms of Body Part Examined that are no paired structure (PS3.16 Annex L), as CT has them.
 UNPAIRED = frozenset(
     "ABDOMEN ABDOMENPELVIS BLADDER BRAIN CHEST CHESTABDOMEN CHESTABDPELVIS COLON CSPINE CTSPINE "
@@ -168,7 +168,8 @@ def _title(moving: Source, offset: Offset, axes: str) -> str:
 def _description(offset: Offset, origin: Origin) -> str:
     assert offset.offset_mm is not None
     sigma = "unknown" if offset.sigma_mm is None else f"{offset.sigma_mm:.1f} mm"
-    return f"z {offset.offset_mm:+.1f} mm, sigma {sigma}, {offset.method}, model {origin.model[: modules.DIGEST]}"
+    model = origin.model[: modules.DIGEST]
+    return f"z {offset.offset_mm:+.1f} mm, sigma {sigma}, {offset.method}, model {model}"
 
 
 def _comment(offset: Offset, axes: str) -> str:

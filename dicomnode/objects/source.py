@@ -48,7 +48,7 @@ class Instance:
     frames: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Source:
     """A Series with what an object must know of it; a text is empty where it is unknown.
 
@@ -74,6 +74,9 @@ class Source:
     timezone_offset_from_utc: str = ""
     body_part_examined: str = ""
     laterality: str = ""
+
+    def __repr__(self) -> str:  # it may end up in a traceback, and so in a log
+        return f"Source({self.series_uid}, {len(self.instances)} Instances)"
 
     @property
     def frame_of_reference_uid(self) -> str:

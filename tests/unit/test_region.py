@@ -155,3 +155,41 @@ def test_a_row_that_lacks_a_value_and_a_table_that_is_none_are_refused():
 def test_a_region_is_not_upside_down():
     with pytest.raises(ValueError, match="not below"):
         replace(CHEST, low=at(500.0))
+
+
+def ends(z_mm, height_mm, wanted: Region = CHEST) -> tuple[int, int] | None:
+    return region.slices(np.asarray(z_mm, float), np.asarray(height_mm, float), wanted)
+
+
+def test_the_outermost_slices_of_a_region_are_those_within_its_limits():
+    height_mm = np.arange(100.0, 500.0, 10.0)
+    assert ends(height_mm - 1000.0, height_mm) == (10, 30)
+    # A falling curve: the header is wrong, and z still grows with the index.
+    assert ends(height_mm, height_mm[::-1]) == (9, 29)
+
+
+def test_a_region_cut_off_by_the_series_ends_with_it():
+    height_mm = np.arange(300.0, 600.0, 10.0)
+    assert ends(height_mm, height_mm) == (0, 10)
+
+
+def test_a_region_shown_by_half_a_slice_is_in_the_nearest_one():
+    height_mm = np.arange(404.0, 600.0, 10.0)
+    assert shares(height_mm, height_mm)["chest"] > 0
+    assert ends(height_mm, height_mm) == (0, 0)
+    thin = Region("thin", "1", "Thin", at(451.0), at(452.0))
+    assert ends(height_mm, height_mm, thin) == (5, 5)
+
+
+def test_a_region_not_shown_has_no_slices():
+    height_mm = np.arange(410.0, 600.0, 10.0)
+    assert ends(height_mm, height_mm) is None
+    assert ends(height_mm, height_mm, HEAD) is None
+    z_mm = np.r_[0.0:191.0:10.0, 410.0:601.0:10.0]  # the chest is what is missing
+    assert ends(z_mm, z_mm) is None
+
+
+def test_a_slice_read_wrongly_is_no_end_of_a_region():
+    height_mm = np.arange(300.0, 700.0, 10.0)
+    height_mm[30] = 210.0  # metal, at the neck
+    assert ends(np.arange(300.0, 700.0, 10.0), height_mm) == (0, 10)

@@ -142,3 +142,7 @@ def test_frames_of_reference_that_differ_are_none(frames):
 def test_frames_of_reference_are_named_once():
     found = source.of_header(ct_dataset(), [], ["1.9", "1.9"])
     assert found.frames_of_reference == ("1.9",)
+
+
+def test_a_traceback_shows_no_patient():
+    assert "CANARY" not in repr(of()) and "Source(" in repr(of())

@@ -133,6 +133,12 @@ def test_the_description_tells_offset_sigma_method_and_bundle():
     assert list(l1.SoftwareVersions)[1] == "compact-0.2 0123456789abcdef"
 
 
+def test_the_longest_description_is_not_cut():
+    longest = module.FARTHEST_MM
+    ds = registration(FIXED, MOVING, replace(XYZ, offset_mm=-longest, sigma_mm=longest), ORIGIN)
+    assert ds.ContentDescription.endswith("robust, model 0123456789abcdef")
+
+
 def test_types_of_registration_are_those_of_cid_7100():
     types = [
         item.MatrixRegistrationSequence[0].RegistrationTypeCodeSequence
