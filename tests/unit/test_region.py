@@ -189,7 +189,9 @@ def test_a_region_not_shown_has_no_slices():
     assert ends(z_mm, z_mm) is None
 
 
-def test_a_slice_read_wrongly_is_no_end_of_a_region():
-    height_mm = np.arange(300.0, 700.0, 10.0)
-    height_mm[30] = 210.0  # metal, at the neck
-    assert ends(np.arange(300.0, 700.0, 10.0), height_mm) == (0, 10)
+@pytest.mark.parametrize("wrong", [2, 30])
+def test_a_slice_read_wrongly_is_no_end_of_a_region(wrong):
+    z_mm = np.arange(150.0, 700.0, 10.0)
+    height_mm = z_mm.copy()
+    height_mm[wrong] = 310.0  # metal; it shows no chest, and slices are still counted with it
+    assert ends(z_mm, height_mm) == (5, 25)

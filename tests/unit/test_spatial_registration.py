@@ -1,3 +1,4 @@
+import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from io import BytesIO
@@ -12,8 +13,8 @@ from pydicom.uid import UID
 from dicomnode.core import admission
 from dicomnode.errors import ObjectError
 from dicomnode.model import Method, Offset, OffsetStatus
+from dicomnode.objects import modules, transform
 from dicomnode.objects import registration as module
-from dicomnode.objects import transform
 from dicomnode.objects.modules import Origin
 from dicomnode.objects.registration import registration
 from dicomnode.objects.source import Instance, Source
@@ -217,6 +218,14 @@ def test_another_result_is_another_object(arguments):
     assert first.SeriesInstanceUID != second.SeriesInstanceUID
     for ds in (first, second):
         assert UID(ds.SOPInstanceUID).is_valid and UID(ds.SeriesInstanceUID).is_valid
+
+
+def test_uids_of_objects_are_uuids_of_what_they_are_about():
+    # Never to change: a repeat by a later version is to write the same object.
+    namespace = uuid.UUID("6b3c1b0e-5b5c-4c53-9d0c-3f6a1d2f7a41")
+    assert modules.uid_of("a", "bc") == f"2.25.{uuid.uuid5(namespace, 'a' + chr(0) + 'bc').int}"
+    assert modules.uid_of("a", "bc") != modules.uid_of("ab", "c")
+    assert modules.uid_of("a") != modules.uid_of("a", "")
 
 
 def test_when_it_was_made_does_not_change_which_object_it_is():
