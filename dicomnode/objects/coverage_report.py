@@ -24,8 +24,8 @@ from dicomnode.objects.source import Instance, Source
 SERIES_NUMBER = 9002  # far from those of scanners
 SCHEME = "99DICOMNODE"
 # No code of DICOM or SNOMED CT says these.
-COVERAGE = Code("COVERAGE", SCHEME, "Share of region imaged")
-EXTENT = Code("EXTENT", SCHEME, "Extent of region imaged")
+COVERAGE = Code("COVERAGE", SCHEME, "Estimated share of region imaged")
+EXTENT = Code("EXTENT", SCHEME, "Estimated extent of region imaged")
 SPREAD = Code("LIMIT_SD", SCHEME, "Spread of region limits between patients")
 LOWEST = Code("HEIGHT_MIN", SCHEME, "Lowest body height")
 HIGHEST = Code("HEIGHT_MAX", SCHEME, "Highest body height")

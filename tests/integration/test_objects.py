@@ -42,7 +42,9 @@ REAL = Path(__file__).parents[2] / ".." / "shared" / "ct" / "ACRIN-FLT-Breast_00
 # What the SR validator needs of a Java that counts how often a stylesheet asks.
 JAVA = " ".join(f"-Djdk.xml.xpath{name}Limit=0" for name in ("TotalOp", "ExprGrp", "ExprOp"))
 # Rows that came to TID 1501 after the rules of the validator were written (2022).
-NEWER = 'CODE (EXTENT,99DICOMNODE,"Extent of region imaged"): Content Item not in template'
+NEWER = (
+    'CODE (EXTENT,99DICOMNODE,"Estimated extent of region imaged"): Content Item not in template'
+)
 
 
 def run(program: str, *files: Path, **environment: str) -> str:
@@ -236,8 +238,8 @@ def test_dsrdump_reads_what_a_person_is_to_read(tmp_path):
     told = run("dsrdump", saved(report("all known"), tmp_path))
     for words in (
         'CODE:(,,"Finding Site")=(816094009,SCT,"Chest")',
-        'NUM:(,,"Share of region imaged")="72.5" (%,UCUM,"percent")',
-        'CODE:(,,"Extent of region imaged")=(255609007,SCT,"Partial")',
+        'NUM:(,,"Estimated share of region imaged")="72.5" (%,UCUM,"percent")',
+        'CODE:(,,"Estimated extent of region imaged")=(255609007,SCT,"Partial")',
         "Verification Flag   : UNVERIFIED",
     ):
         assert words in told
