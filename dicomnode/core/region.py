@@ -20,6 +20,8 @@ SCHEME = "SCT"  # SNOMED CT, as PS3.16 names it
 KEY = "regions"  # of a bundle's manifest
 # A series that covers half of a region is said to show it.
 COVERED = 0.5
+# Rounding aside, all of a region.
+WHOLE = 0.9995
 # A slice further than this from the line through its Series, and further than five median
 # deviations, is read wrongly (metal, a limb beside the trunk): it says nothing of coverage.
 OUTLIER_MM = 50.0
@@ -34,6 +36,14 @@ class Support(StrEnum):
     LANDMARK = "landmark"  # measured, at a landmark found from HU in several patients
     PROPORTION = "proportion"  # placed between landmarks by published relations of anatomy
     UNSUPPORTED = "unsupported"  # the data do not reach there: no height is claimed
+
+
+class Extent(StrEnum):
+    """How much of a region a Series shows, given how its ends vary between patients."""
+
+    COMPLETE = "complete"  # one sd beyond each end is covered too
+    PARTIAL = "partial"  # one sd within the ends, something is missing
+    INDETERMINATE = "indeterminate"  # neither can be said, or an end is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,11 @@ class Region:
     def high_mm(self) -> float | None:
         """Body height of the upper end, None where unsupported."""
         return self.high.height_mm
+
+    @property
+    def spread_mm(self) -> float:
+        """The greater sd of its ends between patients, of those that are known."""
+        return max(self.low.sd_mm or 0.0, self.high.sd_mm or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row that a manifest holds."""
@@ -184,36 +199,6 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
     return np.array(merged)
 
 
-def slices(z_mm: Floats, height_mm: Floats, region: Region) -> tuple[int, int] | None:
-    """Return the indices of the lowest and the highest slice that show some of a region.
-
-    They are judged as `covered` judges them: what is read wrongly shows nothing, noise is
-    smoothed away. Where the region lies between two slices, or less than a slice beyond the
-    last, it is the slice nearest to it.
-
-    Parameters
-    ----------
-    z_mm, height_mm : (N,) float64
-        A curve: positions, strictly increasing, and body heights.
-    region : Region
-        With two limits.
-
-    Returns
-    -------
-    (int, int) or None
-        Indices of the curve, lower position first; None where the curve covers none of it.
-    """
-    low, high = region.low_mm, region.high_mm
-    if low is None or high is None or coverage(z_mm, height_mm, [region])[0][1] == 0:
-        return None
-    sound, height, _ = _smoothed(z_mm, height_mm)
-    at = np.flatnonzero((height >= low) & (height <= high))
-    if not len(at):
-        at = np.array([np.argmin(np.maximum(low - height, height - high))])
-    where = np.flatnonzero(sound)[at]
-    return int(where[0]), int(where[-1])
-
-
 def coverage(
     z_mm: Floats, height_mm: Floats, regions: Sequence[Region]
 ) -> list[tuple[Region, float]]:
@@ -240,10 +225,76 @@ def coverage(
             continue
         if filled is None:
             filled = covered(z_mm, height_mm)
-        common = np.minimum(filled[:, 1], high) - np.maximum(filled[:, 0], low)
-        share = float(np.clip(common, 0, None).sum()) / (high - low)
-        shares.append((region, min(share, 1.0)))
+        shares.append((region, min(_length(filled, low, high) / (high - low), 1.0)))
     return shares
+
+
+@dataclass(frozen=True, slots=True)
+class Showing:
+    """A region that a Series shows, and by which slices."""
+
+    region: Region
+    share: float | None  # as `coverage` has it, None where an end is not known
+    extent: Extent
+    first: int  # index of the lowest slice of the curve that shows some of it
+    last: int
+
+
+def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[Showing]:
+    """Return the regions of which a Series shows something, in the order of the table.
+
+    An end of a region lies elsewhere in every patient: what is covered of a region counts
+    only where it is longer than one sd of that (or half of the region, where that is less).
+    The slices are judged as `covered` judges them, without those read wrongly.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+    regions : sequence of Region
+        A bundle's table. A region with one known limit counts from there.
+    """
+    filled = covered(z_mm, height_mm)
+    sound, height, _ = _smoothed(z_mm, height_mm)
+    found = []
+    for r in regions:
+        if r.low_mm is None and r.high_mm is None:
+            continue
+        low = -math.inf if r.low_mm is None else r.low_mm
+        high = math.inf if r.high_mm is None else r.high_mm
+        common = _length(filled, low, high)
+        if common <= min(r.spread_mm, (high - low) / 2):
+            continue
+        at = np.flatnonzero((height >= low) & (height <= high))
+        if not len(at):  # between two slices, or beyond the last: the nearest one
+            at = np.array([np.argmin(np.maximum(low - height, height - high))])
+        where = np.flatnonzero(sound)[at]
+        share = None if math.isinf(high - low) else min(common / (high - low), 1.0)
+        extent = _extent(filled, r)
+        found.append(Showing(r, share, extent, int(where[0]), int(where[-1])))
+    return found
+
+
+def _extent(filled: Floats, r: Region) -> Extent:
+    if r.low_mm is None or r.high_mm is None:
+        return Extent.INDETERMINATE
+    low_sd, high_sd = r.low.sd_mm or 0.0, r.high.sd_mm or 0.0
+    low, high = r.low_mm - low_sd, r.high_mm + high_sd
+    if _length(filled, low, high) >= WHOLE * (high - low):
+        return Extent.COMPLETE
+    low, high = r.low_mm + low_sd, r.high_mm - high_sd
+    if low >= high:  # a small organ that varies by more than its size: its middle
+        low = high = (r.low_mm + r.high_mm) / 2
+        missing = not ((filled[:, 0] <= low) & (low <= filled[:, 1])).any()
+    else:
+        missing = _length(filled, low, high) < WHOLE * (high - low)
+    return Extent.PARTIAL if missing else Extent.INDETERMINATE
+
+
+def _length(filled: Floats, low: float, high: float) -> float:
+    """Return the length that (K, 2) disjoint intervals have in common with one, mm."""
+    common = np.minimum(filled[:, 1], high) - np.maximum(filled[:, 0], low)
+    return float(np.clip(common, 0, None).sum())
 
 
 def shown(shares: Sequence[tuple[Region, float]]) -> list[str]:

@@ -14,7 +14,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import Comprehensive3DSRStorage
 
 from dicomnode.core import region
-from dicomnode.core.region import Region
+from dicomnode.core.region import Extent, Region
 from dicomnode.errors import ObjectError
 from dicomnode.model import ScoreCurve
 from dicomnode.objects import modules
@@ -29,15 +29,16 @@ EXTENT = Code("EXTENT", SCHEME, "Estimated extent of region imaged")
 SPREAD = Code("LIMIT_SD", SCHEME, "Spread of region limits between patients")
 LOWEST = Code("HEIGHT_MIN", SCHEME, "Lowest body height")
 HIGHEST = Code("HEIGHT_MAX", SCHEME, "Highest body height")
-COMPLETE = Code("255594003", "SCT", "Complete")
-PARTIAL = Code("255609007", "SCT", "Partial")
+EXTENTS = {
+    Extent.COMPLETE: Code("255594003", "SCT", "Complete"),
+    Extent.PARTIAL: Code("255609007", "SCT", "Partial"),
+    Extent.INDETERMINATE: Code("82334004", "SCT", "Indeterminate"),
+}
 MILLIMETER = Code("mm", "UCUM", "millimeter")
 PERCENT = Code("%", "UCUM", "percent")
 DEVICE = Code("121007", "DCM", "Device")
 STRUCTURE = Code("123037004", "SCT", "Anatomical structure")
 PROCEDURE = Code("25045-6", "LN", "CT unspecified body region")  # PS3.16 CID 100
-# What reads 100.0 %. Where a region ends differs between patients: SPREAD says how much.
-WHOLE = 0.9995
 
 
 def coverage_report(
@@ -45,9 +46,9 @@ def coverage_report(
 ) -> Dataset:
     """Return the SR of what a Series covers of the regions of its bundle.
 
-    A region of which nothing is imaged has no group: no reader may take its name for a region
-    shown. Nor has one whose limits the bundle does not know. The same arguments give the same
-    object, UIDs included.
+    A region has a group where something of it is shown beyond what its ends vary by between
+    patients: no reader may take the name of another for a region shown. Where an end is not
+    known there is no share. The same arguments give the same object, UIDs included.
 
     Raises
     ------
@@ -69,10 +70,11 @@ def coverage_report(
     ) -> sr.MeasurementsAndQualitativeEvaluations:
         low, high = sorted(ends)
         # UIDs of slices tell a person nothing: the position does, which every viewer shows.
-        shown = f"{name}, z {curve.z_mm[low]:.1f} to {curve.z_mm[high]:.1f} mm"
+        to = f" to {curve.z_mm[high]:.1f}" if high > low else ""
         return sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(
-                uid=modules.uid_of("coverage group", name, *key), identifier=shown
+                uid=modules.uid_of("coverage group", name, *key),
+                identifier=f"{name}, z {curve.z_mm[low]:.1f}{to} mm",
             ),
             finding_type=STRUCTURE,
             finding_sites=[sr.FindingSite(_code(site))] if site else None,
@@ -95,22 +97,17 @@ def coverage_report(
             ],
         )
     ]
-    for found, share in region.coverage(curve.z_mm, curve.height_mm, regions):
-        ends = region.slices(curve.z_mm, curve.height_mm, found)
-        if ends is None:
-            continue
-        extent = COMPLETE if share >= WHOLE else PARTIAL
-        spread_mm = max(found.low.sd_mm or 0.0, found.high.sd_mm or 0.0)
+    for shown in region.showing(curve.z_mm, curve.height_mm, regions):
+        measured = [sr.Measurement(SPREAD, round(shown.region.spread_mm, 1), MILLIMETER)]
+        if shown.share is not None:
+            measured.insert(0, sr.Measurement(COVERAGE, round(100 * shown.share, 1), PERCENT))
         groups.append(
             group(
-                f"{found.name}, {extent.meaning.lower()}",
-                ends,
-                found,
-                measurements=[
-                    sr.Measurement(COVERAGE, round(100 * share, 1), PERCENT),
-                    sr.Measurement(SPREAD, round(spread_mm, 1), MILLIMETER),
-                ],
-                qualitative_evaluations=[sr.QualitativeEvaluation(EXTENT, extent)],
+                f"{shown.region.name}, {shown.extent}",
+                (shown.first, shown.last),
+                shown.region,
+                measurements=measured,
+                qualitative_evaluations=[sr.QualitativeEvaluation(EXTENT, EXTENTS[shown.extent])],
             )
         )
     report = sr.MeasurementReport(

@@ -63,7 +63,9 @@ def dciodvfy(file: Path) -> list[str]:
     """Return the errors of one object, once it was recognised as what it is."""
     told = run("dciodvfy", file)
     assert "SpatialRegistration" in told or "Comprehensive3DSR" in told or "CTImage" in told, told
-    return [line for line in told.splitlines() if line.startswith("Error")]
+    errors = [line for line in told.splitlines() if line.startswith("Error")]
+    # It counts bytes of UTF-8; lengths are of characters (PS3.5 section 6.2), as pydicom counts.
+    return [e for e in errors if "Length invalid for this VR" not in e or e.isascii()]
 
 
 def dcentvfy(files: Iterable[Path]) -> list[str]:
@@ -172,7 +174,9 @@ def test_whatever_a_header_says_the_objects_are_valid(tmp_path, name, patient_id
         header.add(_element(keyword, text))
     found = source.of_header(header, FIXED.instances[:2], ["1.2.3.9"])
     offset = Offset(Method.ROBUST, OffsetStatus.OK, z_mm, 100.0, 3.0)
-    assert dciodvfy(saved(registration(found, MOVING, offset, ORIGIN), tmp_path)) == []
+    ds = registration(found, MOVING, offset, ORIGIN)
+    assert dciodvfy(saved(ds, tmp_path)) == []
+    assert iod.bad_values(ds) == []
 
 
 def _element(keyword: str, value: str) -> pydicom.DataElement:
@@ -486,4 +490,5 @@ def test_objects_of_a_real_pair_are_valid_and_true(tmp_path):
     (upper,) = (f for f in reports if pydicom.dcmread(f).StudyInstanceUID == reg.StudyInstanceUID)
     told = str(pydicom.dcmread(upper))
     assert "'Neck'" in told and "'Chest'" in told
+    assert "'Head'" in told
     assert "'Pelvis'" not in told and "'Liver'" not in told

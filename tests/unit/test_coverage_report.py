@@ -98,6 +98,20 @@ def test_a_region_that_is_not_shown_is_not_named():
     assert "Chest" not in str(ds) and "Head" not in str(ds)
 
 
+def test_a_region_that_varies_by_more_than_is_missing_is_indeterminate():
+    found = groups(report(310.0, 390.0))["neck"]
+    assert found["codes"] == {"EXTENT": "Indeterminate"}
+    assert found["values"]["COVERAGE"][0] == pytest.approx(82.8)
+
+
+def test_a_region_with_one_known_limit_has_no_share():
+    found = groups(report(310.0, 600.0))["head"]
+    assert found["sites"] == ["69536005"]
+    assert found["values"] == {"LIMIT_SD": (12.5, "mm")}
+    assert found["codes"] == {"EXTENT": "Indeterminate"}
+    assert found["text"] == "head, indeterminate, z -600.0 to -400.0 mm"
+
+
 def test_a_bundle_without_regions_tells_the_heights_alone():
     ds = coverage_report(SERIES, straight(60.0, 350.0), (), ORIGIN)
     assert list(groups(written(ds))) == ["body height"]
@@ -188,9 +202,10 @@ def test_any_curve_makes_an_object_that_keeps_to_the_standard(low_mm, extent_mm,
     ds = written(coverage_report(series, made, REGIONS, ORIGIN))
     assert iod.faults(ds, skipped=CONTENT) == []
     assert iod.bad_values(ds) == []
-    shares = region.coverage(made.z_mm, made.height_mm, REGIONS)
+    shown = region.showing(made.z_mm, made.height_mm, REGIONS)
     found = groups(ds)
-    assert list(found)[1:] == [r.name for r, share in shares if share > 0]
-    for r, share in shares:
-        if share > 0:
-            assert found[r.name]["values"]["COVERAGE"][0] == pytest.approx(100 * share, abs=0.051)
+    assert list(found)[1:] == [s.region.name for s in shown]
+    for s in shown:
+        told = found[s.region.name]["values"].get("COVERAGE")
+        assert (told is None) is (s.share is None)
+        assert told is None or told[0] == pytest.approx(100 * s.share, abs=0.051)
