@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
-from dicomnode.errors import ConfigError, NodeError, WeightsError
+from dicomnode.errors import ConfigError, NodeError, ObjectError, WeightsError
 from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from dicomnode.core.region import Region
     from dicomnode.files import ScoredFiles, ScoredSeries
+    from dicomnode.objects.modules import Origin
+    from dicomnode.objects.source import Source
     from dicomnode.query import PairAnswer
 
 # What needs torch, a database or matplotlib is imported where it is used: `--help` and the
@@ -69,6 +71,9 @@ _csv_option = click.option("--csv", "csv_path", type=_file, help="Write slices t
 _png_option = click.option("--png", "png_path", type=_file, help="Draw to this file.")
 _transform_option = click.option(
     "--transform", type=_file, help="Write an ITK transform (.tfm), fixed to moving points."
+)
+_registration_option = click.option(
+    "--registration", type=_file, help="Write a DICOM Spatial Registration, moving onto fixed."
 )
 _model_option = click.option(
     "--model",
@@ -286,6 +291,11 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
 @_json_option
 @_csv_option
 @_png_option
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a DICOM SR of what each Series covers into this folder, SERIES_UID.dcm.",
+)
 def score(
     paths: tuple[Path, ...],
     model: Path | None,
@@ -293,6 +303,7 @@ def score(
     as_json: bool,
     csv_path: Path | None,
     png_path: Path | None,
+    report: Path | None,
 ) -> None:
     """Score files without a node or a database: one curve a Series.
 
@@ -304,6 +315,13 @@ def score(
     found = _score(paths, model, device)
     curves = [s.outcome for s in found.series if isinstance(s.outcome, ScoreCurve)]
     _write_curves(curves, csv_path, png_path)
+    if report:
+        report.mkdir(parents=True, exist_ok=True)
+        origin = _origin(model, datetime.now(UTC))
+        sources = _sources(paths, curves)
+        for curve in curves:
+            file = report / f"{curve.series_uid}.dcm"
+            _write_report(file, curve, found.regions, sources[curve.series_uid], origin)
     if as_json:
         _print_json([present.scored_json(s, found.regions) for s in found.series])
     else:
@@ -419,12 +437,14 @@ def series(
 @_json_option
 @_csv_option
 @_png_option
+@click.option("--report", type=_file, help="Write a DICOM SR of what the Series covers.")
 def curve(
     series_uid: str,
     config: Path | None,
     as_json: bool,
     csv_path: Path | None,
     png_path: Path | None,
+    report: Path | None,
 ) -> None:
     """Show the body-height curve of one Series.
 
@@ -436,6 +456,13 @@ def curve(
     with _database(config) as engine:
         _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
+        if report and found and found.curve:
+            from dicomnode.objects.modules import Origin
+
+            known = query.source_of(engine, found.curve)
+            made_at = known.computed_at.astimezone()
+            origin = Origin(found.curve.model, known.model_name, made_at, str(known.revision))
+            _write_report(report, found.curve, found.regions, known.source, origin)
     if found is None:
         _nothing("the node never saw this Series")
     row = found.series
@@ -460,6 +487,7 @@ def curve(
 @_config_option
 @_json_option
 @_transform_option
+@_registration_option
 @_png_option
 def offset(
     fixed_study: str,
@@ -468,6 +496,7 @@ def offset(
     config: Path | None,
     as_json: bool,
     transform: Path | None,
+    registration: Path | None,
     png_path: Path | None,
 ) -> None:
     """Tell the offset that aligns one Study onto another: z_fixed = z_moving + offset.
@@ -480,8 +509,19 @@ def offset(
     with _database(config) as engine:
         _audit(config, Act.QUERY, command="offset", study_uid=[fixed_study, moving_study])
         answer = query.pair(engine, fixed_study, moving_study, Method(method) if method else None)
-    if answer is None:
-        _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
+        if answer is None:
+            _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
+        if registration and answer.stored.offset.status is not OffsetStatus.REFUSED:
+            from dicomnode.objects.modules import Origin
+
+            fixed, moving = (query.source_of(engine, c) for c in (answer.fixed, answer.moving))
+            origin = Origin(
+                model=answer.stored.model,
+                model_name=fixed.model_name,
+                made_at=answer.stored.computed_at.astimezone(),
+                revision=f"{fixed.revision}.{moving.revision}",
+            )
+            _write_registration(registration, answer, fixed.source, moving.source, origin)
     _answer_offset(answer, as_json, transform, png_path)
 
 
@@ -493,6 +533,7 @@ def offset(
 @_device_option
 @_json_option
 @_transform_option
+@_registration_option
 @_png_option
 def align(
     fixed_path: Path,
@@ -502,6 +543,7 @@ def align(
     device: str,
     as_json: bool,
     transform: Path | None,
+    registration: Path | None,
     png_path: Path | None,
 ) -> None:
     """Tell the offset between two folders, without a node.
@@ -537,7 +579,13 @@ def align(
         computed_at=datetime.now(UTC),
         seconds=time.perf_counter() - start,
     )
-    _answer_offset(PairAnswer(stored, fixed, moving), as_json, transform, png_path)
+    answer = PairAnswer(stored, fixed, moving)
+    if registration and result.status is not OffsetStatus.REFUSED:
+        sources = _sources((fixed_path, moving_path), (fixed, moving))
+        origin = _origin(model, stored.computed_at)
+        sides = sources[fixed.series_uid], sources[moving.series_uid]
+        _write_registration(registration, answer, *sides, origin)
+    _answer_offset(answer, as_json, transform, png_path)
 
 
 @main.group()
@@ -670,6 +718,52 @@ def _answer_offset(
         click.echo(plot.pair_text(answer.fixed, answer.moving, result))
         click.echo(present.offset_lines(stored))
     sys.exit(1 if refused else 0)
+
+
+def _write_registration(
+    path: Path, answer: "PairAnswer", fixed: "Source", moving: "Source", origin: "Origin"
+) -> None:
+    from dicomnode.objects import modules, registration
+
+    ds = registration.registration(fixed, moving, answer.stored.offset, origin)
+    modules.save(ds, path)
+    _tell_unknown(path, fixed)
+
+
+def _write_report(
+    path: Path,
+    curve: ScoreCurve,
+    regions: "Sequence[Region]",
+    source: "Source",
+    origin: "Origin",
+) -> None:
+    from dicomnode.objects import coverage_report, modules
+
+    modules.save(coverage_report.coverage_report(source, curve, regions, origin), path)
+    _tell_unknown(path, source)
+
+
+def _tell_unknown(path: Path, source: "Source") -> None:
+    if source.unknown:
+        click.echo(f"{path}: left empty, unknown here: {', '.join(source.unknown)}", err=True)
+
+
+def _sources(paths: Sequence[Path], curves: Sequence[ScoreCurve]) -> "dict[str, Source]":
+    from dicomnode import files
+
+    found = files.sources(paths, curves)
+    for curve in curves:
+        if curve.series_uid not in found:
+            raise ObjectError(f"the files of Series {curve.series_uid} went away")
+    return found
+
+
+def _origin(model: Path | None, made_at: datetime) -> "Origin":
+    from dicomnode import weights
+    from dicomnode.objects.modules import Origin
+
+    manifest = weights.read_manifest(model)
+    return Origin(weights.digest(manifest), str(manifest["name"]), made_at.astimezone())
 
 
 def _print_scored(scored: "ScoredSeries", regions: "Sequence[Region]") -> None:

@@ -12,6 +12,7 @@ NodeError
 + ConfigError           stop at start-up, say which key
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
++ ObjectError           no sound object can say this                -> there is nothing to deliver
 
 Messages name the thing and the value, never a patient attribute.
 """
@@ -78,3 +79,7 @@ class SpoolBusy(ConfigError):
 
 class WeightsError(NodeError):
     """The weight bundle is missing, altered, or made for another input."""
+
+
+class ObjectError(NodeError):
+    """No sound DICOM object can say this; the message tells what is in its way."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import threadpoolctl
+from pydicom.dataset import Dataset
 
 from dicomnode import dicomio
 from dicomnode.core import align, curve
@@ -23,6 +24,8 @@ from dicomnode.model import (
     ScoredSlice,
     SliceHeader,
 )
+from dicomnode.objects import source
+from dicomnode.objects.source import Source
 
 if TYPE_CHECKING:
     from dicomnode.node.score import Scorer  # with torch, which reading an answer does not need
@@ -120,6 +123,40 @@ def best_offset(
         key=lambda t: (order.index(t[2].status), -(t[2].overlap_mm or 0.0)),
         default=None,
     )
+
+
+def sources(paths: Sequence[Path], curves: Sequence[ScoreCurve]) -> dict[str, Source]:
+    """Return Series Instance UID -> the Series of each curve, as an object refers to it.
+
+    Reads the headers of the files once more, which scoring does not keep. A curve whose files
+    are not all there any more is left out.
+    """
+    wanted = {uid for c in curves for uid in c.sop_instance_uids}
+    first = {c.sop_instance_uids[0] for c in curves}
+    headers: dict[str, Dataset] = {}
+    classes: dict[str, str] = {}
+    frames_of_reference: dict[str, str] = {}
+    for path in dicomio.find(list(paths)):
+        try:
+            ds = dicomio.read(path, pixels=False)
+            header = dicomio.header_of(ds)
+        except DicomError:
+            continue
+        uid = header.sop_instance_uid
+        if uid in wanted:
+            classes[uid] = header.sop_class_uid
+            frames_of_reference[uid] = header.frame_of_reference_uid
+        if uid in first:
+            headers[uid] = ds
+    return {
+        c.series_uid: source.of_header(
+            headers[c.sop_instance_uids[0]],
+            source.instances_of(c, classes),
+            (frames_of_reference[uid] for uid in c.sop_instance_uids),
+        )
+        for c in curves
+        if classes.keys() >= set(c.sop_instance_uids)
+    }
 
 
 def _outcome(

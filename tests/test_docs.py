@@ -57,6 +57,16 @@ def test_operations_lists_each_event_that_an_operator_is_to_see():
     assert {event for event in events if f"`{event}`" not in OPERATIONS} == set()
 
 
+def test_the_tests_that_the_conformance_statement_names_are_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "conformance.md").read_text()))
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    assert named and named <= defined, named - defined
+
+
 @pytest.mark.parametrize("document", ["README.md", *sorted(
     str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")
 )])  # fmt: skip

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dicomnode.core import curve, geometry
 from dicomnode.errors import WeightsError
@@ -19,6 +20,8 @@ SCHEME = "SCT"  # SNOMED CT, as PS3.16 names it
 KEY = "regions"  # of a bundle's manifest
 # A series that covers half of a region is said to show it.
 COVERED = 0.5
+# Rounding aside, all of a region.
+WHOLE = 0.9995
 # A slice further than this from the line through its Series, and further than five median
 # deviations, is read wrongly (metal, a limb beside the trunk): it says nothing of coverage.
 OUTLIER_MM = 50.0
@@ -33,6 +36,14 @@ class Support(StrEnum):
     LANDMARK = "landmark"  # measured, at a landmark found from HU in several patients
     PROPORTION = "proportion"  # placed between landmarks by published relations of anatomy
     UNSUPPORTED = "unsupported"  # the data do not reach there: no height is claimed
+
+
+class Extent(StrEnum):
+    """How much of a region a Series shows, given how its ends vary between patients."""
+
+    COMPLETE = "complete"  # one sd beyond each end is covered too
+    PARTIAL = "partial"  # one sd within the ends, something is missing
+    INDETERMINATE = "indeterminate"  # neither can be said, or an end is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,11 @@ class Region:
     def high_mm(self) -> float | None:
         """Body height of the upper end, None where unsupported."""
         return self.high.height_mm
+
+    @property
+    def spread_mm(self) -> float:
+        """The greater sd of its ends between patients, of those that are known."""
+        return max(self.low.sd_mm or 0.0, self.high.sd_mm or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row that a manifest holds."""
@@ -163,20 +179,13 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
     (K, 2) float64
         Lower and upper ends, mm, in ascending order, disjoint.
     """
-    from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
-
-    z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
-    slope = curve.robust_slope(z, height)
-    residual = height - slope * z
-    residual = np.abs(residual - np.median(residual))
-    sound = residual <= max(OUTLIER_MM, OUTLIER_DEVIATIONS * float(np.median(residual)))
-    usual = _usual_steps(np.diff(z))
-    run = np.concatenate([[0], np.cumsum(np.diff(z) > geometry.GAP_RATIO * usual)])
+    sound, height, slope = _smoothed(z_mm, height_mm)
+    usual = _usual_steps(np.diff(z_mm))
+    run = np.concatenate([[0], np.cumsum(np.diff(z_mm) > geometry.GAP_RATIO * usual)])
     # Half of what a slice stands for; a slice at an end has one neighbour, others the lesser.
     half_mm = 0.5 * np.minimum(np.append(usual, np.inf), np.append(np.inf, usual))
     half_mm *= np.clip(abs(slope), *curve.SLOPE_RANGE)
-    height, run, half_mm = height[sound], run[sound], half_mm[sound]
-    height = isotonic_regression(height, increasing=slope >= 0).x
+    run, half_mm = run[sound], half_mm[sound]
     ends = []
     for r in np.unique(run):
         at = np.flatnonzero(run == r)
@@ -216,16 +225,94 @@ def coverage(
             continue
         if filled is None:
             filled = covered(z_mm, height_mm)
-        common = np.minimum(filled[:, 1], high) - np.maximum(filled[:, 0], low)
-        share = float(np.clip(common, 0, None).sum()) / (high - low)
-        shares.append((region, min(share, 1.0)))
+        shares.append((region, min(_length(filled, low, high) / (high - low), 1.0)))
     return shares
+
+
+@dataclass(frozen=True, slots=True)
+class Showing:
+    """A region that a Series shows, and by which slices."""
+
+    region: Region
+    share: float | None  # as `coverage` has it, None where an end is not known
+    extent: Extent
+    first: int  # index of the lowest slice of the curve that shows some of it
+    last: int
+
+
+def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[Showing]:
+    """Return the regions of which a Series shows something, in the order of the table.
+
+    An end of a region lies elsewhere in every patient: what is covered of a region counts
+    only where it is longer than one sd of that (or half of the region, where that is less).
+    The slices are judged as `covered` judges them, without those read wrongly.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+    regions : sequence of Region
+        A bundle's table. A region with one known limit counts from there.
+    """
+    filled = covered(z_mm, height_mm)
+    sound, height, _ = _smoothed(z_mm, height_mm)
+    found = []
+    for r in regions:
+        if r.low_mm is None and r.high_mm is None:
+            continue
+        low = -math.inf if r.low_mm is None else r.low_mm
+        high = math.inf if r.high_mm is None else r.high_mm
+        common = _length(filled, low, high)
+        if common <= min(r.spread_mm, (high - low) / 2):
+            continue
+        at = np.flatnonzero((height >= low) & (height <= high))
+        if not len(at):  # between two slices, or beyond the last: the nearest one
+            at = np.array([np.argmin(np.maximum(low - height, height - high))])
+        where = np.flatnonzero(sound)[at]
+        share = None if math.isinf(high - low) else min(common / (high - low), 1.0)
+        extent = _extent(filled, r)
+        found.append(Showing(r, share, extent, int(where[0]), int(where[-1])))
+    return found
+
+
+def _extent(filled: Floats, r: Region) -> Extent:
+    if r.low_mm is None or r.high_mm is None:
+        return Extent.INDETERMINATE
+    low_sd, high_sd = r.low.sd_mm or 0.0, r.high.sd_mm or 0.0
+    low, high = r.low_mm - low_sd, r.high_mm + high_sd
+    if _length(filled, low, high) >= WHOLE * (high - low):
+        return Extent.COMPLETE
+    low, high = r.low_mm + low_sd, r.high_mm - high_sd
+    if low >= high:  # a small organ that varies by more than its size: its middle
+        low = high = (r.low_mm + r.high_mm) / 2
+        missing = not ((filled[:, 0] <= low) & (low <= filled[:, 1])).any()
+    else:
+        missing = _length(filled, low, high) < WHOLE * (high - low)
+    return Extent.PARTIAL if missing else Extent.INDETERMINATE
+
+
+def _length(filled: Floats, low: float, high: float) -> float:
+    """Return the length that (K, 2) disjoint intervals have in common with one, mm."""
+    common = np.minimum(filled[:, 1], high) - np.maximum(filled[:, 0], low)
+    return float(np.clip(common, 0, None).sum())
 
 
 def shown(shares: Sequence[tuple[Region, float]]) -> list[str]:
     """Return the names of the body parts a Series shows; of its organs where it shows no part."""
     names = [(r.name, r.part) for r, share in shares if share >= COVERED]
     return [name for name, part in names if not part] or [name for name, _ in names]
+
+
+def _smoothed(z_mm: Floats, height_mm: Floats) -> tuple[npt.NDArray[np.bool_], Floats, float]:
+    """Return which slices are read rightly (N,), the heights of these (M,), and their slope."""
+    from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
+
+    z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
+    slope = curve.robust_slope(z, height)
+    residual = height - slope * z
+    residual = np.abs(residual - np.median(residual))
+    sound = residual <= max(OUTLIER_MM, OUTLIER_DEVIATIONS * float(np.median(residual)))
+    return sound, isotonic_regression(height[sound], increasing=slope >= 0).x, slope
 
 
 def _limit(values: Mapping[str, Any], end: str) -> Limit:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dicomnode.core import region
-from dicomnode.core.region import Limit, Region, Support
+from dicomnode.core.region import Extent, Limit, Region, Showing, Support
 from dicomnode.errors import WeightsError
 
 
@@ -155,3 +155,105 @@ def test_a_row_that_lacks_a_value_and_a_table_that_is_none_are_refused():
 def test_a_region_is_not_upside_down():
     with pytest.raises(ValueError, match="not below"):
         replace(CHEST, low=at(500.0))
+
+
+def showing(z_mm, height_mm, regions=TABLE) -> dict[str, Showing]:
+    found = region.showing(np.asarray(z_mm, float), np.asarray(height_mm, float), regions)
+    return {s.region.name: s for s in found}
+
+
+def ends(z_mm, height_mm, wanted: Region = CHEST) -> tuple[int, int] | None:
+    found = showing(z_mm, height_mm, [wanted]).get(wanted.name)
+    return (found.first, found.last) if found else None
+
+
+def test_the_outermost_slices_of_a_region_are_those_within_its_limits():
+    height_mm = np.arange(100.0, 500.0, 10.0)
+    assert ends(height_mm - 1000.0, height_mm) == (10, 30)
+    # A falling curve: the header is wrong, and z still grows with the index.
+    assert ends(height_mm, height_mm[::-1]) == (9, 29)
+
+
+def test_a_region_cut_off_by_the_series_ends_with_it():
+    height_mm = np.arange(300.0, 600.0, 10.0)
+    assert ends(height_mm, height_mm) == (0, 10)
+
+
+def test_a_region_between_two_slices_is_in_the_nearest_one():
+    height_mm = np.arange(404.0, 600.0, 10.0)
+    thin = Region("thin", "1", "Thin", at(450.0), at(452.0))
+    assert ends(height_mm, height_mm, thin) == (5, 5)
+
+
+def test_a_region_not_shown_has_no_slices():
+    height_mm = np.arange(410.0, 600.0, 10.0)
+    assert ends(height_mm, height_mm) is None
+    z_mm = np.r_[0.0:191.0:10.0, 410.0:601.0:10.0]  # the chest is what is missing
+    assert ends(z_mm, z_mm) is None
+
+
+@pytest.mark.parametrize("wrong", [2, 30])
+def test_a_slice_read_wrongly_is_no_end_of_a_region(wrong):
+    z_mm = np.arange(150.0, 700.0, 10.0)
+    height_mm = z_mm.copy()
+    height_mm[wrong] = 310.0  # metal; it shows no chest, and slices are still counted with it
+    assert ends(z_mm, height_mm) == (5, 25)
+
+
+@pytest.mark.parametrize(
+    ("low_mm", "high_mm", "extent"),
+    [
+        (190.0, 410.0, "complete"),  # the chest is 200 to 400 mm, each end with an sd of 10
+        (191.0, 410.0, "indeterminate"),
+        (190.0, 409.0, "indeterminate"),
+        (210.0, 390.0, "indeterminate"),
+        (212.0, 500.0, "partial"),
+        (0.0, 388.0, "partial"),
+    ],
+)
+def test_a_region_is_complete_or_partial_where_its_ends_leave_no_doubt(low_mm, high_mm, extent):
+    height_mm = np.linspace(low_mm, high_mm, 1000)
+    found = showing(height_mm, height_mm, [CHEST])["chest"]
+    assert found.extent == extent
+    assert found.share == pytest.approx(shares(height_mm, height_mm)["chest"])
+
+
+def test_missing_slices_make_a_region_partial():
+    z_mm = np.r_[0.0:251.0:5.0, 350.0:601.0:5.0]
+    assert showing(z_mm, z_mm)["chest"].extent is Extent.PARTIAL
+
+
+def test_an_organ_that_varies_by_more_than_its_size_is_judged_by_its_middle():
+    organ = Region("organ", "1", "Organ", at(290.0, 20.0), at(310.0, 20.0))
+    for low_mm, high_mm, extent in (
+        (200.0, 400.0, "complete"),
+        (289.0, 400.0, "indeterminate"),
+        (200.0, 305.0, "indeterminate"),
+    ):
+        height_mm = np.linspace(low_mm, high_mm, 1000)
+        assert showing(height_mm, height_mm, [organ])["organ"].extent == extent
+    z_mm = np.r_[0.0:296.0:1.0, 304.0:600.0:1.0]
+    assert showing(z_mm, z_mm, [organ])["organ"].extent is Extent.PARTIAL
+
+
+def test_less_than_the_ends_vary_by_shows_no_region():
+    for high_mm, shown in ((209.0, False), (212.0, True)):
+        height_mm = np.linspace(0.0, high_mm, 1000)
+        assert shares(height_mm, height_mm)["chest"] > 0
+        assert ("chest" in showing(height_mm, height_mm)) is shown
+
+
+def test_a_region_with_one_known_limit_is_shown_from_there():
+    height_mm = np.arange(400.0, 800.0, 10.0)
+    head = showing(height_mm, height_mm)["head"]
+    assert (head.share, head.extent) == (None, Extent.INDETERMINATE)
+    assert (head.first, head.last) == (10, 39)
+    assert "head" not in showing(height_mm - 300.0, height_mm - 300.0)
+    nowhere = Region("nowhere", "1", "Nowhere", UNKNOWN, UNKNOWN)
+    assert showing(height_mm, height_mm, [nowhere]) == {}
+
+
+def test_a_region_around_height_zero_is_one_like_others():
+    height_mm = np.arange(-200.0, 200.0, 10.0)
+    around = Region("around", "1", "Around", at(-50.0), at(50.0))
+    assert showing(height_mm, height_mm, [around])["around"].extent is Extent.COMPLETE
