@@ -365,7 +365,7 @@ def test_align_writes_a_registration_of_two_folders(archive, bundle_folder, tmp_
         found, [answer["dx_mm"] or 0, answer["dy_mm"] or 0, answer["offset_mm"]], atol=1e-6
     )
     assert (ds.PatientName, ds.PatientID) == ("CANARY^NAME", "CANARY-ID")
-    assert "AccessionNumber" in result.stderr and "PatientName" not in result.stderr
+    assert "StudyID" in result.stderr and "PatientName" not in result.stderr
     assert "CANARY" not in result.output
     again = call(*command, "--registration", tmp_path / "again.dcm")
     assert again.exit_code == 0
