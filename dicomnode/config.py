@@ -88,6 +88,8 @@ class Peer(_Section):
     tls: bool = Field(default=False, description="Whether it listens with TLS; for `check`.")
     default_issuer: str = Field(
         default="",
+        max_length=64,  # PS3.5 Table 6.2-1, LO
+        pattern=r"^[^\\]*$",
         description="Issuer of Patient ID (0010,0021) taken for objects of this peer without one.",
     )
 
@@ -113,6 +115,8 @@ class NodeSettings(_Section):
     )
     default_issuer: str = Field(
         default="",
+        max_length=64,  # PS3.5 Table 6.2-1, LO
+        pattern=r"^[^\\]*$",
         description="Issuer of Patient ID (0010,0021) taken for objects without one whose sender "
         "has no default_issuer of its own, imported files among them.",
     )

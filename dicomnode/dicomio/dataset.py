@@ -152,6 +152,7 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
                 body_part_examined=_text(ds, "BodyPartExamined"),
                 manufacturer=_text(ds, "Manufacturer"),
                 expected_instances=_integer(ds, "NumberOfSeriesRelatedInstances"),
+                issuer_is_default=not _text(ds, "IssuerOfPatientID"),
             )
         except CorruptObject:
             raise

@@ -380,6 +380,7 @@ class _Elements:
             body_part_examined=text(0x00180015),
             manufacturer=text(0x00080070),
             expected_instances=self._integer(0x00201209),
+            issuer_is_default=not issuer,
         )
         return Scanned(
             header,

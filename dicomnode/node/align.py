@@ -8,10 +8,12 @@ import time
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core import align
 from dicomnode.core.robust import Covariance
+from dicomnode.errors import TransientError
 from dicomnode.model import Method, Offset, OffsetStatus, ScoreCurve
 
 # Pairs a step: few enough that slices are not kept waiting.
@@ -33,24 +35,51 @@ class AlignStage:
             pending = store.pending_offsets(session, PAIRS)
             if not pending:
                 return 0
-            curves = store.curves_of(
-                session, {uid for p in pending for uid in (p.fixed_series, p.moving_series)}
-            )
-            covariances = {
-                model: store.covariance_of(session, model)
-                for model in {c.model for c in curves.values()}
-            }
-        found = []
-        for pair in pending:
-            fixed, moving = curves.get(pair.fixed_series), curves.get(pair.moving_series)
-            if fixed is None or moving is None:
-                continue  # revised since the pairs were read, and the pair with it
-            start = time.perf_counter()
-            offset = _align(fixed, moving, pair.method, covariances[fixed.model])
-            found.append((pair, offset, time.perf_counter() - start))
+            try:
+                found = _offsets(session, pending)
+            except TransientError:
+                raise
+            except Exception:  # one of them: it must not stop the others
+                found = [one for pair in pending for one in _try(session, pair)]
         with store.writing(self.engine) as session:
             store.store_offsets(session, found, datetime.now(UTC))
         return len(found)
+
+
+Found = tuple[store.PendingOffset, Offset, float]  # and the seconds it took
+
+
+def _offsets(session: Session, pending: list[store.PendingOffset]) -> list[Found]:
+    curves = store.curves_of(
+        session, {uid for p in pending for uid in (p.fixed_series, p.moving_series)}
+    )
+    covariances = {
+        model: store.covariance_of(session, model) for model in {c.model for c in curves.values()}
+    }
+    found = []
+    for pair in pending:
+        fixed, moving = curves.get(pair.fixed_series), curves.get(pair.moving_series)
+        if fixed is None or moving is None:
+            continue  # revised since the pairs were read, and the pair with it
+        start = time.perf_counter()
+        offset = _align(fixed, moving, pair.method, covariances[fixed.model])
+        found.append((pair, offset, time.perf_counter() - start))
+    return found
+
+
+def _try(session: Session, pair: store.PendingOffset) -> list[Found]:
+    """Return the offset of one pair, refused where its curves cannot be read."""
+    try:
+        return _offsets(session, [pair])
+    except TransientError:
+        raise
+    except Exception as exc:
+        logger.exception("pair not aligned", extra={"fixed": pair.fixed_series})
+        return [(pair, _failed(pair.method, exc), 0.0)]
+
+
+def _failed(method: Method, exc: Exception) -> Offset:
+    return Offset(method, OffsetStatus.REFUSED, reason=f"failed: {type(exc).__name__}")
 
 
 def _align(
@@ -61,4 +90,4 @@ def _align(
     except Exception as exc:
         # One pair that cannot be computed must not stop those behind it.
         logger.exception("pair not aligned", extra={"fixed": fixed.series_uid})
-        return Offset(method, OffsetStatus.REFUSED, reason=f"failed: {type(exc).__name__}")
+        return _failed(method, exc)

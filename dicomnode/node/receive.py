@@ -258,7 +258,7 @@ class Receiver:
 
     def _handle_conn_open(self, event: evt.Event) -> None:
         if self._fast_lane and _connection(event.assoc):
-            lane.install(event.assoc, self._store, self._limits, self._budget)
+            lane.install(event.assoc, self._store, self._limits, self._budget, self._count_refused)
         else:
             handle_conn_open(event)
 
@@ -276,6 +276,9 @@ class Receiver:
             move_originator_message_id=request.MoveOriginatorMessageID,
         )
         return self._store(event.assoc, as_read, request.DataSet.getbuffer())
+
+    def _count_refused(self, assoc: Association) -> None:
+        self._visits[assoc].not_stored()
 
     def _store(self, assoc: Association, request: StoreRequest, data: memoryview) -> int:
         visit = self._visits[assoc]

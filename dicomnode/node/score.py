@@ -34,6 +34,8 @@ POISON_ATTEMPTS = 3
 # Of the Instances of a batch, unless one alone has more: 64 of CT have 34 MB, but one of Enhanced
 # CT may have hundreds of Frames, and 64 of those would hold a gigabyte of inputs.
 BATCH_BYTES = 256 << 20
+# Kept free for the names of what is in flight: two batches of the largest size, and their names.
+ROOM_BYTES = 256 << 10
 
 
 class Scorer:
@@ -124,6 +126,7 @@ class ScoreStage:
         torch.set_num_threads(max(1, cores // 4))
         self._ahead: Batch | None = None
         self._in_flight = spool.path / ".in-flight.json"
+        self._room = spool.path / ".in-flight.room"
         self._suspects = self._read_in_flight()
 
     def close(self) -> None:
@@ -181,7 +184,8 @@ class ScoreStage:
         if any(entry.name in self._suspects for entry in entries):
             entries = entries[:1]
             return Batch(entries, self._suspects.get(entries[0].name, 0) + 1, [])
-        self._suspects.clear()  # they are the oldest, or they are gone
+        # They are the oldest, or they are gone; but for those there is no room to set aside.
+        self._suspects = {n: count for n, count in self._suspects.items() if self.spool.is_stuck(n)}
         return Batch(entries, 1, [])
 
     def _ahead_of(self, waiting: list[Entry]) -> Batch:
@@ -311,10 +315,21 @@ class ScoreStage:
         names = dict(self._suspects)
         for batch in batches:
             names |= {entry.name: batch.attempts for entry in batch.entries}
-        partial = Path(f"{self._in_flight}.part")
+        text = json.dumps(names)
         with contextlib.suppress(OSError):  # on a full disk, going on is what frees it
-            partial.write_text(json.dumps(names))
-            os.replace(partial, self._in_flight)
+            try:
+                self._replace_in_flight(text)
+            except OSError:
+                # It would then be forgotten who kills the worker, and nothing free the disk.
+                self._room.unlink(missing_ok=True)
+                self._replace_in_flight(text)
+            if not self._room.exists():
+                self._room.write_bytes(bytes(ROOM_BYTES))
+
+    def _replace_in_flight(self, text: str) -> None:
+        partial = Path(f"{self._in_flight}.part")
+        partial.write_text(text)
+        os.replace(partial, self._in_flight)
 
 
 def _up_to_event(entries: list[Entry]) -> list[SpooledInstance]:

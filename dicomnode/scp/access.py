@@ -146,21 +146,24 @@ class Directory:
         for entry in self._named:
             try:
                 entry.places, entry.resolved = _places(self._look_up(entry.peer.host)), True
-            except OSError as exc:
+            except (OSError, ValueError) as exc:  # ValueError: no name can be written so
                 if entry.resolved or not self._first.is_set():
                     logger.warning(
                         "peer not resolved",
                         extra={
                             "ae_title": entry.peer.ae_title,
                             "host": entry.peer.host,
-                            "reason": exc.strerror,
+                            "reason": getattr(exc, "strerror", None) or "no host name",
                         },
                     )
                 entry.resolved = False
 
     def _keep_looking(self) -> None:
         while True:
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception:  # else nobody would ever be looked up again
+                logger.exception("peers not resolved")
             self._first.set()
             if self._stop.wait(RESOLVE_S):
                 return

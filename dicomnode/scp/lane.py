@@ -95,7 +95,13 @@ def check() -> list[str]:
     return missing
 
 
-def install(assoc: Association, store: Store, limits: Limits, budget: Budget) -> None:
+def install(
+    assoc: Association,
+    store: Store,
+    limits: Limits,
+    budget: Budget,
+    refused: Callable[[Association], None] = lambda assoc: None,
+) -> None:
     """Put the lane between an association and its connection; to be called on EVT_CONN_OPEN.
 
     Parameters
@@ -107,9 +113,11 @@ def install(assoc: Association, store: Store, limits: Limits, budget: Budget) ->
         gives the status. Called in a thread of the association.
     limits, budget
         What the peer may take up; the budget is shared.
+    refused
+        Told of each Instance that was beyond them, and answered 0xA700.
     """
     connection = assoc.dul.socket.socket
-    assoc.dul.socket = LaneSocket(assoc, connection, store, limits, budget)
+    assoc.dul.socket = LaneSocket(assoc, connection, store, limits, budget, refused)
     # The socket of an acceptor tells that it is there. It did already, as what it replaces.
     assoc.dul.event_queue.get_nowait()
     assoc.dul.run = _ending(assoc.dul.run, assoc.dul.socket)
@@ -175,9 +183,11 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
         store: Store,
         limits: Limits,
         budget: Budget,
+        refused: Callable[[Association], None],
     ) -> None:
         super().__init__(assoc, client_socket=connection)
         self._store = store
+        self._refused = refused
         self._limits = limits
         self._budget = budget
         self._tls = isinstance(connection, ssl.SSLSocket)
@@ -367,6 +377,7 @@ class LaneSocket(AssociationSocket):  # type: ignore[misc]  # mypy passes pynetd
             extra = {"sop_instance_uid": outcome.request.affected_sop_instance_uid}
             logger.warning("instance refused", extra={"reason": outcome.reason, **extra})
             response = encode_store_response(outcome.request, OUT_OF_RESOURCES, outcome.reason)
+            self._refused(self._assoc)
         else:
             response = encode_store_response(outcome.request, self._stored(outcome))
             self._reader.reuse()

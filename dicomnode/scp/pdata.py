@@ -22,8 +22,8 @@ class Limits:
     announced_pdu_bytes: int = 131_072
     # Beyond, a PDU is refused. Some senders never look at what is announced.
     pdu_bytes: int = 1 << 20
-    # Of any other PDU: an A-ASSOCIATE-RQ of 128 contexts with 30 transfer syntaxes has 105 kB.
-    negotiation_bytes: int = 1 << 17
+    # Of any other PDU: an A-ASSOCIATE-RQ of 128 contexts with 64 transfer syntaxes has 0.3 MB.
+    negotiation_bytes: int = 1 << 20
     # Of a data set. A longer one is read to its end, not kept, and answered with 0xA700: the
     # sender keeps this object and goes on with the next. An abort would fail those too, and many
     # a PACS then sends all of them again, for ever.

@@ -174,7 +174,7 @@ def expiry(path: Path) -> datetime:
     OSError, ValueError
         If it cannot be read, or is none.
     """
-    pem = path.read_text(encoding="ascii")
+    pem = path.read_text(encoding="latin-1")  # beside PEM there may be any text
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     if begin not in pem or end not in pem:
         raise ValueError("no PEM certificate")
@@ -208,7 +208,10 @@ def _context(protocol: int, settings: TLSSettings) -> ssl.SSLContext:
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as exc:
         raise ConfigError(f"tls.{_culprit(certificate, exc)}: {_problem(exc)}") from exc
-    until = expiry(certificate)
+    try:
+        until = expiry(certificate)
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"tls.certificate: {certificate}: {_problem(exc)}") from exc
     if until < datetime.now(UTC):
         raise ConfigError(f"tls.certificate: {certificate}: expired on {until:%Y-%m-%d}")
     if settings.client_ca is not None:

@@ -174,6 +174,10 @@ class Spool:
             raise
         return aside
 
+    def is_stuck(self, name: str) -> bool:
+        """Whether an entry could not be set aside, and lets others pass for a while."""
+        return name in self._stuck
+
     def wait(self, seconds: float) -> None:
         """Return as soon as any process may have put something, or after so many seconds.
 

@@ -7,6 +7,7 @@ looked at in small steps.
 import contextlib
 import os
 import select
+import threading
 import time
 from pathlib import Path
 
@@ -21,10 +22,14 @@ class Bell:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ringing = self._listening = -1
+        # A descriptor that one thread closes must not be written to by another: it may be a file by
+        # then.
+        self._lock = threading.Lock()
 
     def ring(self) -> None:
         """Wake whoever listens; without one, nothing happens."""
-        with contextlib.suppress(OSError):  # nobody listens (ENXIO), or it rings already (EAGAIN)
+        # Nobody listens (ENXIO), or it rings already (EAGAIN).
+        with self._lock, contextlib.suppress(OSError):
             if self._ringing < 0:
                 self._ringing = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -55,7 +60,8 @@ class Bell:
 
     def close(self) -> None:
         """Let go of both ends."""
-        for fd in (self._ringing, self._listening):
-            if fd >= 0:
-                close(fd)
-        self._ringing = self._listening = -1
+        with self._lock:
+            for fd in (self._ringing, self._listening):
+                if fd >= 0:
+                    close(fd)
+            self._ringing = self._listening = -1

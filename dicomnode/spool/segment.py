@@ -110,7 +110,7 @@ def token(nonce: bytes, index: int) -> bytes:
 
 def read_header(fd: int) -> Header | None:
     """Return the header of a segment, None where neither copy of it is sound."""
-    page = os.pread(fd, PAGE, 0)
+    page = _page(fd, PAGE, 0)
     for start in _COPIES:
         raw = page[start : start + _HEADER.size]
         if len(raw) < _HEADER.size:
@@ -135,7 +135,7 @@ def read_record(fd: int, offset: int, header: Header) -> Record | None:
     """Return the record that begins there, None where none does."""
     if offset + PAGE > header.size:
         return None
-    found = _parse(os.pread(fd, RECORD_BYTES, offset), offset, header.size)
+    found = _parse(_page(fd, RECORD_BYTES, offset), offset, header.size)
     return found[1] if found is not None and found[0] == header.nonce else None
 
 
@@ -167,13 +167,32 @@ def checksum(parts: list[Bytes]) -> int:
 
 def _first(fd: int, offset: int, size: int, nonce: bytes | None) -> tuple[bytes, Record] | None:
     for start in range(offset, size, _LOOK):
-        data = os.pread(fd, min(_LOOK, size - start), start)
+        data = _all_that_is_given(fd, min(_LOOK, size - start), start)
         for at in range(0, len(data), PAGE):
             if data[at : at + 4] == _RECORD_MAGIC:
                 found = _parse(data[at : at + RECORD_BYTES], start + at, size)
                 if found is not None and nonce in (None, found[0]):
                     return found
     return None
+
+
+def _page(fd: int, size: int, offset: int) -> bytes:
+    """Return what lies there, nothing where the disk does not give it: then none begins there."""
+    try:
+        return os.pread(fd, size, offset)
+    except OSError:
+        return b""
+
+
+def _all_that_is_given(fd: int, size: int, offset: int) -> bytes:
+    """Return what lies there, zeros for the pages that the disk does not give."""
+    try:
+        return os.pread(fd, size, offset)
+    except OSError:
+        places = range(offset, offset + size, PAGE)
+        return b"".join(
+            _page(fd, min(PAGE, offset + size - at), at).ljust(PAGE, b"\0") for at in places
+        )
 
 
 def _parse(raw: bytes, offset: int, size: int) -> tuple[bytes, Record] | None:

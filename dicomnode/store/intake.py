@@ -112,7 +112,13 @@ def open_series(session: Session) -> list[OpenSeries]:
         ends.setdefault(series_id, []).append(ended)
     return [
         OpenSeries(
-            r.id, r.series_uid, r.received, r.expected, r.last_arrival_at, tuple(ends.get(r.id, ()))
+            r.id,
+            r.series_uid,
+            r.received,
+            r.expected,
+            r.last_arrival_at,
+            tuple(ends.get(r.id, ())),
+            r.revision,
         )
         for r in rows
     ]
@@ -128,7 +134,9 @@ def origin_of(session: Session, series_id: int) -> tuple[str, list[str]]:
 def next_completion(series: OpenSeries, now: datetime, quiet: timedelta) -> Evidence | None:
     """Return the evidence that a Series is complete by `now`, or None where it is not."""
     # Beyond the count, the count was wrong: a Series must not be finished at each further slice.
-    if series.received == series.expected:
+    # Of one that is sent again, changed, all are there from the first slice on: the count tells
+    # nothing, and it would be finished after each batch, of old and new slices.
+    if series.received == series.expected and series.revision == 0:
         return Evidence.EXPECTED_COUNT
     # Either way: where the clock was set back, the last arrival lies in the future.
     if None in series.ends or abs(now - series.last_arrival_at) < quiet:
@@ -219,7 +227,7 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     moved = bool(sound) and (
         (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid)
         # A sender that does not name the issuer does not take it away.
-        or patient.issuer not in ("", series.issuer)
+        or (patient.issuer not in ("", series.issuer) and not header.issuer_is_default)
     )
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)

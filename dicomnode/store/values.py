@@ -80,6 +80,7 @@ class OpenSeries:
     expected: int | None
     last_arrival_at: datetime
     ends: tuple[str | None, ...]  # how each association that carried it ended, None: it did not
+    revision: int = 0  # how often it was finished before
 
 
 @dataclass(frozen=True, slots=True)

@@ -943,3 +943,26 @@ def test_the_benchmark_gives_ratios_of_both_ways(tmp_path):
     assert {row["syncs"] for row in figures["rows"] if row["way"] == "file"} == {2.0}
     assert figures["ratios"]["syncs_8"] < figures["ratios"]["syncs_1"] <= 0.6
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [2, 0])
+def test_a_page_that_the_disk_does_not_give_costs_what_lies_in_it(small, monkeypatch, bad):
+    put = [small.put(page(n), A) for n in range(6)]
+    small.put_event(A, "released")
+    small.close()
+    lost = place(put[bad]).offset - RECORD_BYTES  # the page with its header
+    where = file_of(small, put[bad]).stat().st_ino
+    pread = os.pread
+
+    def failing(fd: int, size: int, offset: int) -> bytes:
+        if offset <= lost < offset + size and os.fstat(fd).st_ino == where:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    other = Spool(small.path, segment_bytes=small.segment_bytes)
+    found = everything(other)
+    sound = [page(n) for n in range(6) if n != bad]
+    assert [one for one in found if one != "corrupt"] == [*sound, "released"]
+    assert found.count("corrupt") == 1
+    other.close()

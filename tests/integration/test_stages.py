@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import subprocess
@@ -1030,3 +1031,53 @@ def test_weights_that_are_no_tensors_are_refused(tmp_path):
     (tmp_path / weights.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(WeightsError):
         weights.load(tmp_path)
+
+
+@on_sqlite
+def test_a_full_disk_does_not_hide_who_kills_the_worker(spool, node, build, monkeypatch):
+    put_scan(spool, SERIES, range(6))
+    stage = build()
+    room = spool.path / ".in-flight.room"
+    assert stage.step().instances
+    assert room.stat().st_size > 0
+    put_scan(spool, PRIOR, range(2))
+    replace_ = ScoreStage._replace_in_flight
+    noted = []
+
+    def on_a_full_disk(self: ScoreStage, text: str) -> None:
+        if room.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_(self, text)
+        noted.append(sorted(json.loads((spool.path / ".in-flight.json").read_text())))
+
+    monkeypatch.setattr(ScoreStage, "_replace_in_flight", on_a_full_disk)
+    waiting = sorted(entry.name for entry in spool.pending(10))
+    drain(stage)
+    assert noted and noted[0] == waiting[: len(noted[0])]
+
+
+@on_sqlite
+def test_a_pair_that_cannot_be_read_does_not_stop_the_others(spool, node, stage, monkeypatch):
+    put_scan(spool, FOLLOW_UP, range(4, 20), table_mm=37.0, StudyDate="20260301")
+    put_scan(spool, PRIOR, range(12), StudyDate="20250301")
+    spool.put_event(A, "released")
+    drain(stage)
+    assert assemble(node) == 2
+    curves_of = store.curves_of
+    calls = []
+
+    def failing(session, uids):
+        calls.append(uids)
+        if len(calls) <= 2:  # all at once, then the first pair alone
+            raise TypeError("a manifest of another version")
+        return curves_of(session, uids)
+
+    monkeypatch.setattr(store, "curves_of", failing)
+    align = AlignStage(node)
+    assert align.step() == len(Method)
+    assert align.step() == 0
+    with store.reading(node) as session:
+        found = store.offsets_of(session, fixed_study=f"{FOLLOW_UP}.0", moving_study=f"{PRIOR}.0")
+    reasons = [stored.offset.reason for stored in found]
+    assert len(found) == len(Method)
+    assert reasons.count("failed: TypeError") == 1

@@ -289,6 +289,18 @@ def test_a_series_with_as_many_slices_as_expected_is_complete_at_once(node):
     assert store.next_completion(open_one(node), T0, QUIET) is Evidence.EXPECTED_COUNT
 
 
+def test_a_series_that_is_sent_again_changed_is_not_complete_by_its_count(node):
+    """All of its slices are there from the first one on; it would be finished at each batch."""
+    record(node, scan(SERIES, expected_instances=12))
+    finish(node, SERIES)
+    record(node, [scored(SERIES, 0, score=77.0, expected_instances=12)])
+    assert open_one(node).received == 12
+    assert store.next_completion(open_one(node), T0, QUIET) is None
+    with store.writing(node) as session:
+        store.end_association(session, A, "released")
+    assert store.next_completion(open_one(node), T0 + QUIET, QUIET) is Evidence.RELEASED_AND_QUIET
+
+
 def test_slices_set_aside_count_towards_the_expected(node):
     record(node, [*scan(SERIES, 11), refused(SERIES, 11, expected_instances=12)])
     assert store.next_completion(open_one(node), T0, QUIET) is Evidence.EXPECTED_COUNT
@@ -993,6 +1005,17 @@ def test_a_sender_that_names_no_issuer_does_not_take_it_away(node):
     assert contents(node) == before
     record(node, scan(SERIES, patient=PatientKey("P1"), study_uid="1.3.0"))  # a new study, too
     assert series_of(node, SERIES).patient == PATIENT
+
+
+def test_a_default_issuer_does_not_take_away_the_one_that_was_named(node):
+    """Another sender leaves the issuer out, and has a default that stands in for it."""
+    add_curve(node, SERIES)
+    before = contents(node)
+    other = PatientKey("P1", "DEFAULT")
+    record(node, scan(SERIES, patient=other, issuer_is_default=True))
+    assert contents(node) == before
+    record(node, scan(SERIES, patient=other))  # but one that names it corrects it
+    assert series_of(node, SERIES).patient == other
 
 
 def test_no_offset_between_two_patients_is_answered(node):

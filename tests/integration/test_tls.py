@@ -466,7 +466,7 @@ def test_the_expiry_is_that_of_the_certificate(tmp_path, year):
         .sign(private, SHA256())
     )
     path = tmp_path / "certificate.pem"
-    path.write_bytes(b"subject=something\n" + made.public_bytes(Encoding.PEM))
+    path.write_bytes("subject=Universitätsklinikum\n".encode() + made.public_bytes(Encoding.PEM))
     assert tls.expiry(path) == until
 
 

@@ -101,6 +101,20 @@ def test_a_name_is_looked_up_again_and_its_last_answer_stands(caplog):
         assert [r.levelno for r in caplog.records] == [logging.WARNING] * warnings
 
 
+def test_a_name_that_cannot_be_looked_up_does_not_keep_others_from_it(caplog):
+    def look_up(host: str) -> list[str]:
+        if host == "pacs..example":
+            raise UnicodeError("label empty or too long")  # what getaddrinfo does
+        return ["10.0.0.9"]
+
+    peers = [peer("WRONG", host="pacs..example"), peer("PACS", host="pacs.example")]
+    directory = Directory(peers, look_up)
+    directory.refresh()
+    directory._first.set()
+    assert directory.matches("PACS", origin("10.0.0.9", "10.0.0.1"))
+    assert [r.ae_title for r in caplog.records] == ["WRONG"]
+
+
 def test_a_start_waits_for_names_but_not_for_long(monkeypatch):
     directory = Directory([peer(host="pacs.example")], lambda host: ["10.0.0.5"])
     directory.start()

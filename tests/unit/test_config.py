@@ -188,3 +188,10 @@ def test_a_password_does_not_show(tmp_path):
     settings = config.load(write(tmp_path, '[database]\nurl = "postgresql://u:secret@h/db"'))
     assert settings.database.url.endswith("@h/db")
     assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize("issuer", ["x" * 65, "a\\b"])
+def test_an_issuer_is_a_long_string_of_dicom(tmp_path, issuer):
+    path = write(tmp_path, f"[node]\ndefault_issuer = '{issuer}'")
+    with pytest.raises(ConfigError, match=r"node\.default_issuer"):
+        config.load(path)
