@@ -47,11 +47,12 @@ def score_series(
     WeightsError
         If the bundle or the device is not there.
     """
+    from dicomnode import device as devices
     from dicomnode import files, weights
     from dicomnode.node.score import Scorer
 
-    bundle = weights.load(Path(model) if model else None)
-    scorer = Scorer(bundle, weights.pick_device(device), batch=32)
+    bundle, on = weights.load(Path(model) if model else None), weights.pick_device(device)
+    scorer = Scorer(bundle, on, batch=64, dtype=devices.pick_dtype("auto", bundle, on))
     return [s.outcome for s in files.score([Path(p) for p in paths], scorer).series]
 
 

@@ -661,10 +661,12 @@ def _schema_errors() -> Iterator[None]:
 
 
 def _score(paths: Sequence[Path], model: Path | None, device: str) -> "ScoredFiles":
+    from dicomnode import device as devices
     from dicomnode import dicomio, files, weights
     from dicomnode.node.score import Scorer
 
-    scorer = Scorer(weights.load(model), weights.pick_device(device), batch=32)
+    bundle, on = weights.load(model), weights.pick_device(device)
+    scorer = Scorer(bundle, on, batch=64, dtype=devices.pick_dtype("auto", bundle, on))
     total = sum(1 for _ in dicomio.find(list(paths)))
     with _progress("scoring", total) as advance:
         return files.score(list(paths), scorer, advance)

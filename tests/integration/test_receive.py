@@ -39,6 +39,7 @@ from dicomnode.node.receive import Receiver
 from dicomnode.scp.contexts import COMPRESSED, TRANSFER_SYNTAXES
 from dicomnode.spool import Spool
 from tests.dicom import ct_dataset, part10, without_meta
+from tests.e2e.conftest import association
 
 PRIVATE_STORAGE = UID("1.3.12.2.1107.5.9.1")  # Siemens CSA Non-Image
 RETIRED_STORAGE = UID("1.2.840.10008.5.1.4.1.1.5")  # Nuclear Medicine, of 1993
@@ -403,11 +404,10 @@ def test_a_peer_that_stays_silent_is_disconnected(tmp_path, data):
 
 
 def test_a_release_is_spooled_after_its_instances(receiver, spool):
-    assoc = associate(receiver.port, CT)
-    for _ in range(3):
-        assoc.send_c_store(ct_dataset())
-    assert ends(spool) == []
-    assoc.release()
+    with association(receiver.port, calling_ae_title="PACS") as assoc:
+        for _ in range(3):
+            assert assoc.send_c_store(ct_dataset()).Status == 0x0000
+        assert ends(spool) == []
     assert eventually(lambda: ends(spool)) == [(instances(spool)[0].association_id, "released")]
     *stored, last = spool.pending(10)[1:]
     assert stored == instances(spool)

@@ -48,7 +48,7 @@ def test_texts_are_those_of_the_header():
     assert found.study_description == "Thorax native"
     assert found.timezone_offset_from_utc == "-0330" and found.laterality == "L"
     assert found.frame_of_reference_uid == "1.9"
-    assert found.unknown == ("StudyID", "ReferringPhysicianName")
+    assert found.unknown == ("StudyID",)
 
 
 NAMES = {
