@@ -79,7 +79,7 @@ class _Segment:
         """Whether a record was dealt with, in this process or another."""
         if index in self.unwritten:
             return True
-        if self.done_fd < 0 and not self._open_done(os.O_RDWR):
+        if self.done_fd < 0 and not self._open_done():
             return False
         mark = os.pread(self.done_fd, TOKEN_BYTES, index * TOKEN_BYTES)
         return mark == segment.token(self.header.nonce, index)
@@ -87,8 +87,8 @@ class _Segment:
     def note_done(self, index: int, disk: Disk) -> None:
         """Write down that a record was dealt with; not synced: a repeat does no harm."""
         try:
-            if self.done_fd < 0 and not self._open_done(os.O_RDWR | os.O_CREAT):
-                raise FileNotFoundError
+            if self.done_fd < 0 and not self._open_done():
+                self.done_fd = disk.create(self.path.with_suffix(DONE))
             token = segment.token(self.header.nonce, index)
             disk.write(self.done_fd, [token], index * TOKEN_BYTES)
         except OSError:
@@ -100,7 +100,7 @@ class _Segment:
         """Forget what others have dealt with since."""
         if not self.entries:
             return
-        if self.done_fd < 0 and not self._open_done(os.O_RDWR):
+        if self.done_fd < 0 and not self._open_done():
             return
         first, last = min(self.entries), max(self.entries)
         size = (last - first + 1) * TOKEN_BYTES
@@ -131,10 +131,9 @@ class _Segment:
 
     __del__ = close
 
-    def _open_done(self, flags: int) -> bool:
+    def _open_done(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            path = self.path.with_suffix(DONE)
-            self.done_fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            self.done_fd = os.open(self.path.with_suffix(DONE), os.O_RDWR | os.O_CLOEXEC)
         return self.done_fd >= 0
 
 
