@@ -88,7 +88,8 @@ class Pair:
             return 0xA700
         if request.affected_sop_instance_uid.endswith(".98"):
             raise RuntimeError("no reason")
-        self.by_lane += "_stored" in callers()
+        if "_stored" in callers():  # of the one receiver only: the other stores at the same time
+            self.by_lane += 1
         self.stored.setdefault(spool.path, []).append((request, bytes(data)))
         return 0x0000
 
@@ -300,9 +301,7 @@ def test_what_is_regular_is_answered_and_stored_as_by_pynetdicom(pair, name):
     assert by_lane == plain
     assert by_lane.end == "closed"
     if by_lane.stored and name != "peer takes little":
-        # None by pynetdicom, unless it was still busy with the C-ECHO that it had answered.
-        late = name == "echo between"
-        assert len(by_lane.stored) - late <= pair.by_lane - before <= len(by_lane.stored)
+        assert pair.by_lane - before == len(by_lane.stored)  # none by pynetdicom
 
 
 @pytest.mark.parametrize("name", IRREGULAR)
