@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Files of tests at a time: most of them wait for sockets and timers.
-JOBS ?= 3
+JOBS ?= 2
 
 .PHONY: demo test check bench clean
 
