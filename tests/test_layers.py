@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "model"),
     ("core",),
     ("config", "log", "db"),
-    ("dicomio", "spool", "weights", "store", "objects", "scp"),
+    ("dicomio", "spool", "weights", "mining", "store", "objects", "scp"),
     ("node",),
     ("query", "files", "backfill", "rescore", "checks", "plot", "present"),
     ("cli", "demo", "", "__main__"),

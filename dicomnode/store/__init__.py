@@ -19,6 +19,7 @@ from dicomnode.store.answers import (
     open_slices,
     regions_of,
 )
+from dicomnode.store.coverage import count_uncovered, cover_curves
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -33,6 +34,19 @@ from dicomnode.store.intake import (
 from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
+from dicomnode.store.search import (
+    Histogram,
+    Match,
+    Page,
+    count_matches,
+    find_histogram,
+    find_page,
+    matches,
+    mining_tables,
+    records,
+    statement_of,
+    windows,
+)
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.values import (
     Claimed,
@@ -47,8 +61,11 @@ from dicomnode.store.values import (
 
 __all__ = [
     "Claimed",
+    "Histogram",
     "KeptInputs",
+    "Match",
     "OpenSeries",
+    "Page",
     "PendingOffset",
     "SeriesRow",
     "SliceResult",
@@ -56,16 +73,21 @@ __all__ = [
     "StoredOffset",
     "available",
     "claim_series",
+    "count_matches",
     "count_offsets",
     "count_quarantined",
     "count_series",
     "count_stale",
+    "count_uncovered",
     "covariance_of",
+    "cover_curves",
     "curve_of",
     "curves_of",
     "end_association",
     "end_lost_associations",
     "exchange_scores",
+    "find_histogram",
+    "find_page",
     "finish_series",
     "heights_of",
     "is_waiting",
@@ -73,6 +95,8 @@ __all__ = [
     "list_quarantined",
     "list_series",
     "manifest_of",
+    "matches",
+    "mining_tables",
     "next_completion",
     "offsets_of",
     "open_series",
@@ -84,10 +108,13 @@ __all__ = [
     "record_model",
     "record_quarantined",
     "record_slices",
+    "records",
     "regions_of",
     "sqlite_file",
     "stale_series",
+    "statement_of",
     "store_offset",
     "trust",
+    "windows",
     "writing",
 ]
