@@ -272,6 +272,8 @@ def fill(engine: Engine, count: int, progress: Callable[[int], None] = lambda n:
     """Fill an upgraded, empty database; without its indexes meanwhile, as a restore does it."""
     digest = register(engine)
     indexes = [i for table in schema.Base.metadata.sorted_tables for i in table.indexes]
+    # In the order in which migrations make them: of two that look as good, SQLite takes the later.
+    indexes.sort(key=lambda index: str(index.name))
     with engine.begin() as connection:
         for index in indexes:
             index.drop(connection)

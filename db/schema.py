@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -191,6 +192,18 @@ class Coverage(Base):
             "quality",
             "slices",
             "spacing_um",
+        ),
+        # The few with missing slices are asked another way, and by themselves.
+        Index(
+            "ix_coverage_gaps",
+            "series_id",
+            "bundle",
+            "low_um",
+            "high_um",
+            "stretches",
+            "quality",
+            sqlite_where=text("stretches > 1"),
+            postgresql_where=text("stretches > 1"),
         ),
     )
 

@@ -16,12 +16,12 @@ LAYERS = (
     ("errors", "model"),
     ("core",),
     ("config", "log", "db"),
-    ("dicomio", "spool", "weights", "mining", "store", "objects", "scp"),
+    ("dicomio", "spool", "manifest", "weights", "mining", "store", "objects", "scp"),
     ("node",),
-    ("query", "files", "backfill", "rescore", "checks", "plot", "present"),
+    ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
     ("cli", "demo", "", "__main__"),
 )
-FOR_TRAINING = ("errors", "model", "core", "dicomio", "weights")
+FOR_TRAINING = ("errors", "model", "core", "dicomio", "manifest", "weights")
 IMPORTS_TORCH = ("dicomnode.core.network", "dicomnode.weights", "dicomnode.node.score")
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 

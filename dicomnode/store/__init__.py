@@ -31,7 +31,7 @@ from dicomnode.store.intake import (
     record_quarantined,
     record_slices,
 )
-from dicomnode.store.pairs import offsets_of, pending_offsets, store_offset, trust
+from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offset, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.search import (
@@ -43,6 +43,7 @@ from dicomnode.store.search import (
     find_page,
     matches,
     mining_tables,
+    newest_id,
     records,
     statement_of,
     windows,
@@ -50,6 +51,7 @@ from dicomnode.store.search import (
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.values import (
     Claimed,
+    FoundPair,
     KeptInputs,
     OpenSeries,
     PendingOffset,
@@ -61,6 +63,7 @@ from dicomnode.store.values import (
 
 __all__ = [
     "Claimed",
+    "FoundPair",
     "Histogram",
     "KeptInputs",
     "Match",
@@ -97,11 +100,13 @@ __all__ = [
     "manifest_of",
     "matches",
     "mining_tables",
+    "newest_id",
     "next_completion",
     "offsets_of",
     "open_series",
     "open_slices",
     "opened",
+    "pairs_of_fixed",
     "pending_offsets",
     "prune_previews",
     "reading",

@@ -338,7 +338,7 @@ def ask_all_three(databases: list[Engine], rows: list[Row], texts: list[str]) ->
                 i for i, record in zip(ids, table, strict=True) if evaluate(expression, record)
             ]
             assert found(engine, text, limit=2) == expected[::-1], text
-            windows = [i for _, _, ids in store.windows(engine, expression) for i in ids]
+            windows = [i for _, ids in store.windows(engine, expression) for i in ids]
             assert windows == expected, text
             with store.reading(engine) as session:
                 assert store.count_matches(session, expression) == len(expected), text

@@ -43,6 +43,13 @@ def upgrade() -> None:
         "coverage",
         ["cell", "bundle", "low_um", "high_um", "stretches", "quality", "slices", "spacing_um"],
     )
+    op.create_index(
+        "ix_coverage_gaps",
+        "coverage",
+        ["series_id", "bundle", "low_um", "high_um", "stretches", "quality"],
+        sqlite_where=sa.text("stretches > 1"),
+        postgresql_where=sa.text("stretches > 1"),
+    )
     op.create_table(
         "stretch",
         sa.Column("series_id", sa.Integer(), nullable=False),
