@@ -11,7 +11,7 @@ import hmac
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -89,7 +89,7 @@ PAIRS = {
 class Pseudonyms:
     """Names in another's stead, by HMAC-SHA256: one key, one name, and none without the key."""
 
-    key: bytes
+    key: bytes = field(repr=False)
 
     @classmethod
     def of(cls, path: Path) -> "Pseudonyms":
@@ -318,29 +318,36 @@ def _parquet(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
 
 
 class _Groups:
-    """Gathers rows until they are worth a row group."""
+    """Gathers rows, as Arrow has them, until they are worth a row group."""
 
     def __init__(self, writer: Any, schema: "pyarrow.Schema") -> None:
         self.writer = writer
         self.schema = schema
-        self.rows: list[tuple[Any, ...]] = []
+        self.batches: list[Any] = []
+        self.count = 0
 
     def write(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """Append rows."""
-        self.rows += rows
-        if len(self.rows) >= GROUP:
+        import pyarrow
+
+        if not rows:
+            return
+        arrays = [
+            pyarrow.array(values, column.type)
+            for values, column in zip(zip(*rows, strict=True), self.schema, strict=True)
+        ]
+        # As they come, rows of 40 Python objects each would take ten times the memory.
+        self.batches.append(pyarrow.record_batch(arrays, schema=self.schema))
+        self.count += len(rows)
+        if self.count >= GROUP:
             self.flush()
 
     def flush(self) -> None:
         """Write what is left."""
         import pyarrow
 
-        if not self.rows:
-            return
-        columns = zip(*self.rows, strict=True)
-        arrays = [
-            pyarrow.array(values, field.type)
-            for values, field in zip(columns, self.schema, strict=True)
-        ]
-        self.writer.write_batch(pyarrow.record_batch(arrays, schema=self.schema))
-        self.rows = []
+        if self.batches:
+            self.writer.write_table(
+                pyarrow.Table.from_batches(self.batches), row_group_size=max(self.count, 1)
+            )
+        self.batches, self.count = [], 0
