@@ -60,7 +60,9 @@ INSERT_RATIO = 1.5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--series", "count", type=click.IntRange(1000), help="Series in the database.")
+@click.option(
+    "--series", "count", type=click.IntRange(QUICK_SERIES), help="Series in the database."
+)
 @click.option("--database", "only", type=click.Choice([POSTGRES, SQLITE]), help="One of both.")
 @click.option(
     "--folder",

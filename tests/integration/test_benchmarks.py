@@ -160,7 +160,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_mining_measures_both_databases_and_leaves_nothing_behind(short_folder):
-    command = [sys.executable, "-m", "benchmarks.mining", "--quick", "--json", "--series", "6000"]
+    command = [sys.executable, "-m", "benchmarks.mining", "--quick", "--json"]
     command += ["--folder", str(short_folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
