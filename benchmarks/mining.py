@@ -9,7 +9,9 @@ database of its own, which is then asked through the functions that the node use
 - count, histogram: of all that the first expression finds; and of nearly all there is
 - pair: the best offset of two Studies and their curves; timeline: all Series of a patient
 
-Times are medians over repeats, each with another pair, patient or place to begin. `ratios` are to
+Times are medians over repeats, each with another pair, patient or place to begin; `cpu_ms` is the
+mean of what this process and the server with all of its took of the processors meanwhile, which a
+busy machine does not change as much. `ratios` are to
 the limits that are promised (100 ms a page on Postgres, 300 ms on SQLite, 2 s a count or
 histogram), below 1 is better. `insert_ratio` is the median time in which a finished Series of 24
 slices is stored, the full database's to that of one that held nothing before: 500 are stored in
@@ -30,6 +32,7 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -96,7 +99,7 @@ def measure(series: int, folder: Path, databases: list[str], quick: bool = False
             if opened is None:
                 _say("postgres is left out: no initdb on PATH or under /usr/lib/postgresql")
                 continue
-            full, empty = opened
+            full, empty, server = opened
             start = time.perf_counter()
             with _bar(f"filling {database}", series) as advance:
                 archive.fill(full, series, advance)
@@ -105,7 +108,7 @@ def measure(series: int, folder: Path, databases: list[str], quick: bool = False
             sizes[database] = archive.size_of(full)
             took = time.perf_counter() - start
             _say(f"{database}: {series:,} Series in {took:.0f} s, {sizes[database] / 1e9:.2f} GB")
-            rows += _questions(database, full, series, QUICK_REPEATS if quick else REPEATS)
+            rows += _questions(database, full, server, series, QUICK_REPEATS if quick else REPEATS)
             inserts.append(_inserts(database, full, empty, QUICK_INSERTS if quick else INSERTS))
     limits = {
         f"{row['database']} {row['query']}": _round(row["median_ms"] / row["limit_ms"])
@@ -124,18 +127,22 @@ def measure(series: int, folder: Path, databases: list[str], quick: bool = False
 
 
 @contextlib.contextmanager
-def _databases(kind: str, folder: Path) -> Iterator[tuple[Engine, Engine] | None]:
-    """Give two upgraded databases, to be filled and to be left empty; removed at the end."""
+def _databases(kind: str, folder: Path) -> Iterator[tuple[Engine, Engine, int | None] | None]:
+    """Give two upgraded databases, to be filled and to be left empty, and the server's process.
+
+    They are removed at the end.
+    """
     root = Path(tempfile.mkdtemp(prefix="dicomnode-mining-", dir=folder))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, root, ignore_errors=True)
+        pid = None
         if kind == SQLITE:
             urls = [f"sqlite:///{root}/full.sqlite", f"sqlite:///{root}/empty.sqlite"]
         elif (binaries := postgres.binaries()) is None:
             yield None
             return
         else:
-            server = stack.enter_context(postgres.served(root, binaries))
+            server, pid = stack.enter_context(postgres.served(root, binaries))
             admin = engines.create(server)
             with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 for name in ("filled", "empty"):
@@ -146,7 +153,7 @@ def _databases(kind: str, folder: Path) -> Iterator[tuple[Engine, Engine] | None
         for engine in pair:
             stack.callback(engine.dispose)
             migrate.upgrade(engine)
-        yield pair
+        yield *pair, pid
 
 
 def _settle(engine: Engine) -> None:
@@ -157,7 +164,9 @@ def _settle(engine: Engine) -> None:
             connection.exec_driver_sql("CHECKPOINT")
 
 
-def _questions(database: str, engine: Engine, series: int, repeats: int) -> list[dict[str, Any]]:
+def _questions(
+    database: str, engine: Engine, server: int | None, series: int, repeats: int
+) -> list[dict[str, Any]]:
     regions = region.from_manifest(weights.read_manifest())
     with store.reading(engine) as session:
         tables = store.mining_tables(session)
@@ -215,11 +224,24 @@ def _questions(database: str, engine: Engine, series: int, repeats: int) -> list
     rows = []
     for name, limit_ms, call, times in questions:
         call()
+        cpu = _cpu_s(server)
         median_ms = _round(1e3 * statistics.median(_timed(call) for _ in range(times)))
-        _say(f"{database}: {name}: {median_ms} ms")
-        row = {"database": database, "query": name, "median_ms": median_ms, "limit_ms": limit_ms}
-        rows.append(row)
+        cpu_ms = _round(1e3 * (_cpu_s(server) - cpu) / times)
+        _say(f"{database}: {name}: {median_ms} ms, {cpu_ms} ms of processors")
+        row = {"database": database, "query": name, "median_ms": median_ms}
+        rows.append(row | {"cpu_ms": cpu_ms, "limit_ms": limit_ms})
     return rows
+
+
+def _cpu_s(server: int | None) -> float:
+    """Return what this process took so far, and a server with all that it ever started."""
+    total = time.process_time()
+    if server is not None:
+        root = psutil.Process(server)
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended, and counts in its parent
+                total += sum(process.cpu_times()[:4])  # its own, and of children that ended
+    return total
 
 
 def _page(engine: Engine, expression: Expression, before: int | None = None) -> store.Page:
@@ -327,15 +349,15 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table("database", "query", "median", "limit")
+    table = Table("database", "query", "median", "processors", "limit")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in result["rows"]:
-        figures = [f"{row[key]:,.1f} ms" for key in ("median_ms", "limit_ms")]
+        figures = [f"{row[key]:,.1f} ms" for key in ("median_ms", "cpu_ms", "limit_ms")]
         table.add_row(row["database"], row["query"], *figures)
     for row in result["inserts"]:
         kind = f"a Series stored, first {row['first_ms']:.1f} ms, last {row['last_ms']:.1f} ms"
-        table.add_row(row["database"], kind, f"x {row['ratio']:.2f}", f"x {INSERT_RATIO:.2f}")
+        table.add_row(row["database"], kind, f"x {row['ratio']:.2f}", "", f"x {INSERT_RATIO:.2f}")
     console = Console()
     console.print(f"{result['series']:,} Series, {result['offsets']:,} offsets")
     console.print(table)

@@ -34,8 +34,8 @@ def binaries() -> Path | None:
 
 
 @contextmanager
-def served(folder: Path, bin_folder: Path) -> Iterator[str]:
-    """Give the URL of a new server that keeps its data in a folder, removed at the end."""
+def served(folder: Path, bin_folder: Path) -> Iterator[tuple[str, int]]:
+    """Give URL and process id of a new server with its data in a folder, removed at the end."""
     root = folder / "postgres"
     root.mkdir()
     user = None
@@ -66,7 +66,7 @@ def served(folder: Path, bin_folder: Path) -> Iterator[str]:
             )
         try:
             _wait_until_ready(root, server)
-            yield f"postgresql://postgres@/postgres?host={root}"
+            yield f"postgresql://postgres@/postgres?host={root}", server.pid
         finally:
             server.terminate()
             try:

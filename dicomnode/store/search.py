@@ -25,6 +25,7 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    text,
     true,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -59,9 +60,10 @@ from dicomnode.store.session import reading
 
 SERIES, COVERAGE, STRETCH = schema.Series, schema.Coverage, schema.Stretch
 
-# Most questions find a page among the newest Series. What is not found there is rare: only then
-# is the index of cells worth more than walking back in order.
+# Most questions find a page among the newest Series. Where so many were walked back through and
+# the page is not full, what is asked for is rare: only then is the index of cells worth more.
 NEAR = 50_000
+FAR = 1_000_000
 MAX_BOXES = 16  # beyond, one around all: they are combined with each other
 WINDOW = 20_000  # Series looked at in one go, where all are wanted: memory stays flat
 
@@ -146,16 +148,26 @@ def find_page(
     search = _Search.of(session, expression)
     newest = newest_id(session)
     top = newest if before is None else min(before - 1, newest)
-    bottom = top - NEAR
     wanted = limit + 1  # one more tells whether there is a next page
-    near = search.ids().where(search.key > bottom, search.key <= top)
-    found = list(session.scalars(near.order_by(search.key.desc()).limit(wanted)))
-    if len(found) < wanted and bottom > 0:
+    found: list[int] = []
+    walk = NEAR
+    while top > 0 and len(found) < wanted and walk <= FAR:
+        near = search.ids().where(search.key > top - walk, search.key <= top)
+        near = near.order_by(search.key.desc()).limit(wanted - len(found))
+        more = list(session.scalars(near))
+        found, top = found + more, top - walk
+        # As many again as it took for these, if it goes on like this; twice that to be sure.
+        walk = 2 * walk * (wanted - len(found)) // len(more) + 1 if more else FAR + 1
+    if top > 0 and len(found) < wanted:
         far: list[int] = []
         for query in search.parts(search.key):
-            query = query.where(search.key <= bottom).order_by(search.key.desc())
-            far += session.scalars(query.limit(wanted - len(found)))
-        found += sorted(far, reverse=True)
+            # Not by the key itself: Postgres, which takes what is asked for to be evenly spread,
+            # would walk back through all there is. What is rare is sorted at once.
+            rare = query.where(search.key <= top).order_by(
+                (search.key + literal_column("0")).desc()
+            )
+            far += session.scalars(rare.limit(wanted - len(found)))
+        found += sorted(far, reverse=True)[: wanted - len(found)]
     ids = found[:limit]
     return Page(tuple(matches(session, ids)), ids[-1] if len(found) > limit else None)
 
@@ -207,7 +219,9 @@ def windows(engine: Engine, expression: Expression) -> Iterator[tuple[int, list[
 def statement_of(session: Session, expression: Expression) -> tuple[str, dict[str, Any]]:
     """Return the SQL of an expression, and the values of its parameters."""
     search = _Search.of(session, expression)
-    compiled = search.ids().order_by(search.key.desc()).compile(session.get_bind())
+    query = search.ids().order_by(search.key.desc())
+    options = {"render_postcompile": True}  # the members of `in`, each with a name
+    compiled = query.compile(session.get_bind(), compile_kwargs=options)
     return str(compiled), dict(compiled.params)
 
 
@@ -245,6 +259,9 @@ class _Search:
 
     @classmethod
     def of(cls, session: Session, expression: Expression) -> "_Search":
+        if session.get_bind().dialect.name == "postgresql":
+            # To compile a question takes longer (0.3 s) than most take to be answered.
+            session.execute(text("SET LOCAL jit = off"))
         rows = session.execute(select(schema.Bundle.digest, schema.Bundle.id))
         return cls(expression, {digest: number for digest, number in rows})
 
@@ -278,16 +295,23 @@ class _Search:
         ]
 
     def _cells(self) -> list[ColumnElement[bool]]:
-        """Return in which range of the index every match without missing slices is."""
+        """Return where in the index of cells every match without missing slices is."""
         boxes = _boxes(self.expression.node, True, frozenset(self.numbers))
         if not boxes:
             return [false()]
         # One range, though boxes may lie apart: of several, SQLite visits each by itself and
         # then looks for what it found twice, which took seven times as long as to read on.
-        low = min(step(box.low_min) * STEPS + step(box.high_min) for box in boxes)
-        high = max(step(box.low_max) * STEPS + step(box.high_max) for box in boxes)
-        unbounded = low == 0 and high == STEPS * STEPS - 1
-        return [] if unbounded else [COVERAGE.cell.between(low, high)]
+        box = _around(boxes)
+        low = step(box.low_min) * STEPS + step(box.high_min)
+        high = step(box.low_max) * STEPS + step(box.high_max)
+        if low == 0 and high == STEPS * STEPS - 1:
+            return []
+        # The ends as well: what they leave out, the index tells without a look at the row.
+        return [
+            COVERAGE.cell.between(low, high),
+            COVERAGE.low_um.between(box.low_min, box.low_max),
+            COVERAGE.high_um.between(box.high_min, box.high_max),
+        ]
 
     def _of(self, *columns: Any) -> Select[Any]:
         if self.expression.every_series:
@@ -528,16 +552,16 @@ def _of_end(field: str, order: str, value: int, positive: bool) -> list[_Box]:
 
 def _few(boxes: list[_Box]) -> list[_Box]:
     """Return the boxes, or where they are many, one around all."""
-    if len(boxes) <= MAX_BOXES:
-        return boxes
-    return [
-        _Box(
-            min(b.low_min for b in boxes),
-            max(b.low_max for b in boxes),
-            min(b.high_min for b in boxes),
-            max(b.high_max for b in boxes),
-        )
-    ]
+    return boxes if len(boxes) <= MAX_BOXES else [_around(boxes)]
+
+
+def _around(boxes: Sequence[_Box]) -> _Box:
+    return _Box(
+        min(b.low_min for b in boxes),
+        max(b.low_max for b in boxes),
+        min(b.high_min for b in boxes),
+        max(b.high_max for b in boxes),
+    )
 
 
 def _stretches(session: Session, ids: Sequence[int]) -> dict[int, list[tuple[int, int]]]:

@@ -6,6 +6,8 @@ from alembic import op
 revision = "0003"
 down_revision = "0002"
 
+ASKED = ["cell", "bundle", "low_um", "high_um", "stretches", "quality", "slices", "spacing_um"]
+
 
 def upgrade() -> None:
     op.create_table(
@@ -41,12 +43,12 @@ def upgrade() -> None:
     op.create_index(
         "ix_coverage_cell",
         "coverage",
-        ["cell", "bundle", "low_um", "high_um", "stretches", "quality", "slices", "spacing_um"],
+        ASKED,
     )
     op.create_index(
         "ix_coverage_gaps",
         "coverage",
-        ["series_id", "bundle", "low_um", "high_um", "stretches", "quality"],
+        ["series_id", *ASKED],
         sqlite_where=sa.text("stretches > 1"),
         postgresql_where=sa.text("stretches > 1"),
     )
