@@ -516,7 +516,8 @@ def _boxes(node: Node, positive: bool, digests: frozenset[str]) -> list[_Box]:
                 common = _few([box for box in joined if box is not None])
             return common
         case Filled(span, by_bundle):
-            spans = [s for _, s in by_bundle] if span is None else [span]
+            known = [s for digest, s in by_bundle if digest in digests]
+            spans = known if span is None else [span]
             if positive:
                 return _few([_filling(s) for s in spans])
             if span is None and digests - {digest for digest, _ in by_bundle}:
