@@ -378,6 +378,36 @@ def test_both_databases_and_plain_python_give_one_answer(databases, monkeypatch,
     ask_all_three(databases, rows, texts)
 
 
+def test_every_span_is_asked_of_curves_with_every_ends(databases):
+    """At, just inside and just outside of each bound: with and without missing slices."""
+    models = (MODEL, OTHER_MODEL)
+    ends = [(low, high) for k, low in enumerate(ENDS) for high in ENDS[k + 1 :] if high - low >= 20]
+    rows = [scan(low, high, model=models[k % 2]) for k, (low, high) in enumerate(ends)]
+    rows += [scan(low, high) for low, high in ends[::3]]
+    rows.append(scan(-80, 30))  # over the middle of the pelvis, and shorter than 0.75 of it
+    gaps = [[(low, low + 50), (high, high + 50)] for low, high in ends if high - low >= 120]
+    rows += [scan_with_gap(gap, model=models[k % 2]) for k, gap in enumerate(gaps)]
+    questions = [f"height({low}, {high})" for low, high in ((-100, 100), (90, 260), (175, 190))]
+    for name in ("pelvis", "liver", "chest"):
+        questions += [f"covers({name}, {share})" for share in ("1", "0.75", "0.25", "0.001")]
+    questions += [f"overlaps({name})" for name in ("pelvis", "liver", "chest", "head")]
+    questions += ['overlaps("hip joints")', "low = 90", "high > 260", "high <= 430"]
+    questions += ["(low < 0 and high > 400)", "(low < 0 or overlaps(chest))"]
+    questions += [f"not {q}" for q in questions]
+    table = [record_of(row, i, rows) for i, row in enumerate(rows)]
+    assert {len(r.stretches) for r in table} == {1, 2}
+    for engine in databases:
+        ids = fill(engine, rows)
+        with store.reading(engine) as session:
+            for text in questions:
+                expression = asked(text)
+                expected = [i for i, r in zip(ids, table, strict=True) if evaluate(expression, r)]
+                assert 0 < len(expected) < len(ids)
+                page = store.find_page(session, expression, limit=len(ids))
+                assert [m.id for m in page.matches] == expected[::-1], text
+                assert store.count_matches(session, expression) == len(expected), text
+
+
 SHARES = st.sampled_from(["1", "0.9", "0.5", "0.25", "0.1"])
 OF_HEIGHT = st.recursive(
     st.one_of(
@@ -494,17 +524,25 @@ def test_series_without_a_curve_are_asked_only_about_their_state(databases):
 
 
 def test_a_prior_is_an_earlier_study_of_the_same_patient(databases):
+    later = DAY0 + timedelta(days=90, hours=11)
     rows = [
         scan(0, 100, study=0, study_datetime=DAY0),
-        scan(0, 100, study=1, study_datetime=DAY0 + timedelta(days=90, hours=11)),
-        scan(0, 100, study=2, study_datetime=DAY0 + timedelta(days=90), issuer="OTHER"),
+        scan(0, 100, study=0, study_datetime=DAY0 + timedelta(hours=1)),  # of one study
+        scan(0, 100, study=1, study_datetime=later),
+        scan(0, 100, study=5, study_datetime=later),  # at the same time
+        scan(0, 100, study=2, study_datetime=later, issuer="OTHER"),
         scan(0, 100, study=3, study_datetime=DAY0, patient_id=""),
-        scan(0, 100, study=4, study_datetime=DAY0 + timedelta(days=1), patient_id=""),
+        scan(0, 100, study=4, study_datetime=later, patient_id=""),
+        Row(study=6, study_datetime=DAY0 - timedelta(days=1)),  # without a curve
+        scan(0, 100, study=7, study_datetime=DAY0, patient_id="P2"),
+        scan(0, 100, study=8, study_datetime=DAY0, patient_id="P2"),
     ]
     for engine in databases:
-        _, second, *_ = fill(engine, rows)
-        assert found(engine, "prior()") == found(engine, "prior(within=90d)") == [second]
+        ids = fill(engine, rows)
+        followed = [ids[3], ids[2]]
+        assert found(engine, "prior()") == found(engine, "prior(within=90d)") == followed
         assert found(engine, "prior(within=89d)") == []
+    ask_all_three(databases, rows, ["prior()", "prior(within=90d)", "not prior(within=13w)"])
 
 
 # Never SQL from text
