@@ -23,6 +23,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.align
 	$(BIN)/python -m benchmarks.score
+	$(BIN)/python -m benchmarks.mining
 	$(BIN)/python -m benchmarks.train
 
 clean:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -159,6 +160,82 @@ class Curve(Base):
     flags: Mapped[list[str]] = mapped_column(JSON)
     computed_at: Mapped[datetime] = mapped_column(UTCDateTime)
     body_centre: Mapped[bytes | None] = mapped_column(LargeBinary)  # (N, 2) <f8, NaN: unknown
+
+
+class Bundle(Base):
+    """A short number for a weight bundle: ten million rows name theirs."""
+
+    __tablename__ = "bundle"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("model.digest"), unique=True)
+
+
+class Coverage(Base):
+    """What mining asks of a finished curve, in few bytes; it goes with the curve.
+
+    Heights are whole micrometres of body height by that bundle's map, so that both databases
+    and Python agree to the last bit. What the slices fill reaches from `low_um` to `high_um`;
+    where slices are missing between, `stretches` is above 1 and table `stretch` has each.
+    """
+
+    __tablename__ = "coverage"
+    __table_args__ = (
+        # Led by the cell, so that a histogram is counted in the order of the index; the rest lets
+        # most questions be answered from the index alone.
+        Index(
+            "ix_coverage_cell",
+            "cell",
+            "bundle",
+            "low_um",
+            "high_um",
+            "stretches",
+            "quality",
+            "slices",
+            "spacing_um",
+        ),
+        # The few with missing slices are asked another way, and by themselves.
+        Index(
+            "ix_coverage_gaps",
+            "series_id",
+            "cell",
+            "bundle",
+            "low_um",
+            "high_um",
+            "stretches",
+            "quality",
+            "slices",
+            "spacing_um",
+            sqlite_where=text("stretches > 1"),
+            postgresql_where=text("stretches > 1"),
+        ),
+    )
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("curve.series_id", ondelete="CASCADE"), primary_key=True, autoincrement=False
+    )
+    bundle: Mapped[int] = mapped_column(ForeignKey("bundle.id"))
+    cell: Mapped[int]  # of the steps that hold low_um and high_um, see store/coverage.py
+    low_um: Mapped[int]
+    high_um: Mapped[int]
+    stretches: Mapped[int]
+    slices: Mapped[int]  # positions in the curve
+    spacing_um: Mapped[int]  # between slices, median
+    flags: Mapped[int]  # one bit each, see store/coverage.py
+    quality: Mapped[float] = mapped_column(Float(53))  # pearson_r of the curve
+    slope: Mapped[float] = mapped_column(Float(53))
+
+
+class Stretch(Base):
+    """One of several stretches of body height that the slices of a curve fill."""
+
+    __tablename__ = "stretch"
+
+    series_id: Mapped[int] = mapped_column(
+        ForeignKey("coverage.series_id", ondelete="CASCADE"), primary_key=True
+    )
+    low_um: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    high_um: Mapped[int]
 
 
 class Preview(Base):

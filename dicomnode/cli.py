@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
-from dicomnode.errors import ConfigError, NodeError, ObjectError, WeightsError
+from dicomnode.errors import ConfigError, ExpressionError, NodeError, ObjectError, WeightsError
 from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from dicomnode.core.region import Region
     from dicomnode.files import ScoredFiles, ScoredSeries
+    from dicomnode.mining import Expression
     from dicomnode.objects.modules import Origin
     from dicomnode.objects.source import Source
     from dicomnode.query import PairAnswer
@@ -56,7 +57,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except NodeError as exc:
             click.echo(f"Error: {exc}", err=True)
-            ctx.exit(2 if isinstance(exc, ConfigError | WeightsError) else 1)
+            ctx.exit(2 if isinstance(exc, ConfigError | WeightsError | ExpressionError) else 1)
 
 
 _file = click.Path(dir_okay=False, path_type=Path)
@@ -289,6 +290,17 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
 @_model_option
 @_device_option
 @_json_option
+@click.option(
+    "--format",
+    "shape",
+    type=click.Choice(["bpreg"]),
+    help="Print JSON as bpreg has it, by Series Instance UID.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="With --format: write a file a Series to this folder instead.",
+)
 @_csv_option
 @_png_option
 @click.option(
@@ -301,6 +313,8 @@ def score(
     model: Path | None,
     device: str,
     as_json: bool,
+    shape: str | None,
+    out: Path | None,
     csv_path: Path | None,
     png_path: Path | None,
     report: Path | None,
@@ -309,9 +323,14 @@ def score(
 
     \b
     Example:  dicomnode score CT/ --png curves.png
+              dicomnode score CT/ --format bpreg --out scores
     """
     from dicomnode import present
 
+    if out and not shape:
+        raise click.UsageError("--out needs --format")
+    if shape and as_json:
+        raise click.UsageError("--json and --format are two shapes")
     found = _score(paths, model, device)
     curves = [s.outcome for s in found.series if isinstance(s.outcome, ScoreCurve)]
     _write_curves(curves, csv_path, png_path)
@@ -322,7 +341,9 @@ def score(
         for curve in curves:
             file = report / f"{curve.series_uid}.dcm"
             _write_report(file, curve, found.regions, sources[curve.series_uid], origin)
-    if as_json:
+    if shape:
+        _print_bpreg(curves, found.regions, out)
+    elif as_json:
         _print_json([present.scored_json(s, found.regions) for s in found.series])
     else:
         for s in found.series:
@@ -428,6 +449,87 @@ def series(
         detail = ", ".join(f"{reason} {n}" for reason, n in sorted(quarantined.items()))
         click.echo(f"{sum(quarantined.values())} files in quarantine: {detail}", err=True)
     if not rows:
+        _nothing("no such Series")
+
+
+@main.command()
+@click.argument("expression")
+@click.option("--out", type=_file, help="Write all of it to a .parquet or .csv, a row a Series.")
+@click.option("--slices", "slices_path", type=_file, help="Write its slices likewise, a row each.")
+@click.option("--pairs", "pairs_path", type=_file, help="Write its pairs: those it is fixed in.")
+@click.option(
+    "--pseudonyms",
+    "key_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="In these files: names by HMAC-SHA256 with the key in this file, dates moved.",
+)
+@click.option("--sql", "as_sql", is_flag=True, help="Show the SQL and its parameters, ask nothing.")
+@click.option("--count", "as_count", is_flag=True, help="Print how many there are.")
+@click.option("--histogram", "as_histogram", is_flag=True, help="Print how many reach each height.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@click.option("--before", type=click.IntRange(1), help="Go on from a page before.")
+@_config_option
+@_json_option
+def mine(
+    expression: str,
+    out: Path | None,
+    slices_path: Path | None,
+    pairs_path: Path | None,
+    key_path: Path | None,
+    as_sql: bool,
+    as_count: bool,
+    as_histogram: bool,
+    limit: int,
+    before: int | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Find Series by what they cover; docs/mining.md has the language.
+
+    \b
+    Example:  dicomnode mine 'covers(liver, 0.9) and not overlaps(head) and slices >= 100'
+              dicomnode mine 'covers(lungs, 1)' --out lungs.parquet
+    """
+    from dicomnode import manifest, mining, present, store
+    from dicomnode.core import region
+
+    files = {"series": out, "slices": slices_path, "pairs": pairs_path}
+    exporting = any(files.values())
+    if sum([exporting, as_sql, as_count, as_histogram]) > 1:
+        raise click.UsageError("files, --sql, --count and --histogram are asked for one by one")
+    if key_path and not exporting:
+        raise click.UsageError("--pseudonyms is for files: --out, --slices or --pairs")
+    model = configuration.load(_config_path(config)).score.model
+    regions = region.from_manifest(manifest.read_manifest(model))
+    with _database(config) as engine:
+        with store.reading(engine) as session:
+            asked = mining.parse(expression, regions, store.mining_tables(session))
+            if as_sql:
+                _print_sql(*store.statement_of(session, asked), as_json)
+                return
+            if as_count:
+                found = store.count_matches(session, asked)
+                click.echo(json.dumps({"series": found}) if as_json else found)
+            elif as_histogram:
+                histogram = store.find_histogram(session, asked)
+                found = histogram.total
+                if as_json:
+                    _print_json(present.histogram_json(histogram))
+                elif found:
+                    _console().print(present.histogram_table(histogram))
+            elif not exporting:
+                page = store.find_page(session, asked, before=before, limit=limit)
+                found = len(page.matches)
+                if as_json:
+                    rows = [present.match_json(m) for m in page.matches]
+                    _print_json({"series": rows, "next": page.next})
+                elif found:
+                    _console().print(present.match_table(page.matches))
+                if page.next is not None:
+                    click.echo(f"there are more: --before {page.next}", err=True)
+        if exporting:
+            found = _export(engine, asked, regions, files, key_path, as_json)
+    if not found:
         _nothing("no such Series")
 
 
@@ -602,10 +704,15 @@ def upgrade(config: Path | None) -> None:
     Example:  dicomnode db upgrade --config node.toml
     """
     from db import migrate
+    from dicomnode import store
 
     with _database(config, checked=False) as engine, _schema_errors():
         migrate.upgrade(engine)
         click.echo(migrate.current(engine))
+        if missing := store.count_uncovered(engine):
+            with _progress("what curves cover", missing) as advance:
+                done = store.cover_curves(engine, advance)
+            click.echo(f"what {done} curves cover was stored, for mining", err=True)
 
 
 @db.command()
@@ -777,6 +884,59 @@ def _print_scored(scored: "ScoredSeries", regions: "Sequence[Region]") -> None:
     else:
         click.echo(plot.curve_text(scored.outcome.z_mm, scored.outcome.height_mm))
         click.echo(present.quality_line(scored.outcome, regions) + "\n")
+
+
+def _print_bpreg(
+    curves: Sequence[ScoreCurve], regions: "Sequence[Region]", folder: Path | None
+) -> None:
+    from dicomnode import bpreg
+
+    found = {c.series_uid: bpreg.metadata(c, regions) for c in curves}
+    if folder is None:
+        _print_json(found)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for series_uid, values in found.items():
+        (folder / f"{series_uid}.json").write_text(json.dumps(values, indent=1) + "\n")
+    click.echo(f"{len(found)} files in {folder}", err=True)
+
+
+def _print_sql(statement: str, parameters: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json({"sql": statement, "parameters": {k: _plain(v) for k, v in parameters.items()}})
+        return
+    click.echo(statement)
+    for name, value in parameters.items():
+        click.echo(f"{name} = {_plain(value)!r}")
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _export(
+    engine: "Engine",
+    asked: "Expression",
+    regions: "Sequence[Region]",
+    files: dict[str, Path | None],
+    key_path: Path | None,
+    as_json: bool,
+) -> int:
+    """Write the files that were asked for, and return how many rows they have."""
+    from dicomnode import export, store
+
+    pseudonyms = export.Pseudonyms.of(key_path) if key_path else None
+    with store.reading(engine) as session:
+        total = store.newest_id(session)
+    with _progress("looking at Series", total) as advance:
+        rows = export.write(
+            engine, asked, regions, **files, pseudonyms=pseudonyms, progress=advance
+        )
+    if as_json:
+        _print_json({str(path): count for path, count in rows.items()})
+    for path, count in rows.items():
+        click.echo(f"{count} rows in {path}", err=True)
+    return sum(rows.values())
 
 
 def _console() -> Console:

@@ -13,11 +13,14 @@ NodeError
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
 + ObjectError           no sound object can say this                -> there is nothing to deliver
++ ExpressionError       a question for Series that cannot be read   -> show it to who asked
 
 Messages name the thing and the value, never a patient attribute.
 """
 
 from dicomnode.model import Reason
+
+EXCERPT = 60  # characters shown of a question on each side of what is wrong with it
 
 
 class NodeError(Exception):
@@ -83,3 +86,20 @@ class WeightsError(NodeError):
 
 class ObjectError(NodeError):
     """No sound DICOM object can say this; the message tells what is in its way."""
+
+
+class ExpressionError(NodeError):
+    """A question for Series cannot be read; `position` is where, counted in characters from 0."""
+
+    def __init__(self, message: str, text: str, position: int) -> None:
+        start = text.rfind("\n", 0, position) + 1
+        line = text[start:].partition("\n")[0]
+        lead = f"  line {text.count(chr(10), 0, position) + 1}: " if "\n" in text else "  "
+        cut = max(0, position - start - EXCERPT)
+        # One column a character: what is wider, or is not seen, would move the caret.
+        shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in line)
+        excerpt = ("..." if cut else "") + shown[cut : cut + 2 * EXCERPT]
+        column = len(lead) + position - start - cut + (3 if cut else 0)
+        super().__init__(f"{message}\n{lead}{excerpt}\n{' ' * column}^")
+        self.message = message
+        self.position = position

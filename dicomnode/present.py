@@ -13,7 +13,7 @@ from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
 from dicomnode.spool.survey import Part
-from dicomnode.store import SeriesRow, StoredOffset
+from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
 
@@ -180,6 +180,80 @@ def spool_table(parts: Sequence[Part]) -> Table:
             f"{part.waiting_bytes / 1e6:.1f}",
             f"{part.oldest:%Y-%m-%d %H:%M:%S} UTC" if part.oldest else "",
         )
+    return table
+
+
+def match_json(match: Match) -> JSON:
+    """Return a Series that an expression found."""
+    return {
+        "patient_id": match.patient.patient_id,
+        "issuer": match.patient.issuer,
+        "study_uid": match.study_uid,
+        "series_uid": match.series_uid,
+        "study_datetime": match.study_datetime.isoformat() if match.study_datetime else None,
+        "modality": match.modality,
+        "body_part_examined": match.body_part_examined,
+        "manufacturer": match.manufacturer,
+        "state": match.state,
+        "reason": match.reason,
+        "model": match.model,
+        "slices": match.slices,
+        "spacing_mm": match.spacing_mm,
+        "quality": match.quality,
+        "slope": match.slope,
+        "height_mm": match.height_mm,
+        "flags": match.flags,
+        "coverage": coverage_json(match.coverage),
+    }
+
+
+def match_table(matches: Sequence[Match]) -> Table:
+    """Return Series that an expression found as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("series", "patient", "date", "body part"):
+        table.add_column(title, overflow="fold")
+    for title in ("slices", "mm", "r", "body height, mm"):
+        table.add_column(title, justify="right")
+    for title in ("covers", "state, flags"):
+        table.add_column(title, overflow="fold")
+    for m in matches:
+        table.add_row(
+            m.series_uid,
+            m.patient.patient_id or "-",
+            f"{m.study_datetime:%Y-%m-%d}" if m.study_datetime else "-",
+            m.body_part_examined or "-",
+            "" if m.slices is None else str(m.slices),
+            "" if m.spacing_mm is None else f"{m.spacing_mm:g}",
+            "" if m.quality is None else f"{m.quality:.4f}",
+            f"{m.height_mm[0]:.0f}..{m.height_mm[1]:.0f}" if m.height_mm else "",
+            ", ".join(region.shown(m.coverage)),
+            ", ".join([m.state if m.reason is None else f"{m.state}:{m.reason}", *m.flags]),
+        )
+    return table
+
+
+def histogram_json(histogram: Histogram) -> JSON:
+    """Return how many curves reach over each step of body height."""
+    edges = histogram.edges_mm.tolist()
+    steps = zip(edges, edges[1:], histogram.series, strict=False)
+    return {
+        "series": histogram.total,
+        "steps": [{"from_mm": low, "to_mm": high, "series": n} for low, high, n in steps],
+    }
+
+
+def histogram_table(histogram: Histogram, width: int = 50) -> Table:
+    """Return the same as bars, head first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("body height, mm", justify="right")
+    table.add_column("series", justify="right")
+    table.add_column("")
+    most = max(histogram.series, default=1)
+    edges = histogram.edges_mm
+    for k in reversed(range(len(histogram.series))):
+        count = histogram.series[k]
+        bar = "\N{FULL BLOCK}" * max(round(width * count / most), min(count, 1))
+        table.add_row(f"{edges[k]:.0f}..{edges[k + 1]:.0f}", str(count), bar)
     return table
 
 

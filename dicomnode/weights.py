@@ -23,10 +23,12 @@ from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.core.region import Region
 from dicomnode.core.robust import Covariance
 from dicomnode.errors import WeightsError
+from dicomnode.manifest import DEFAULT as DEFAULT
+from dicomnode.manifest import MANIFEST as MANIFEST
+from dicomnode.manifest import read_manifest as read_manifest
 
-DEFAULT = Path(__file__).parent / "weights"
 FORMAT = 1
-WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +81,6 @@ def load(folder: Path | None = None) -> Bundle:
         )
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as exc:
         raise WeightsError(f"{folder}: the manifest does not describe a bundle: {exc}") from exc
-
-
-def read_manifest(folder: Path | None = None) -> dict[str, Any]:
-    """Return the manifest of a folder, the default one where none is named; not its network.
-
-    Raises
-    ------
-    WeightsError
-        If there is none.
-    """
-    folder = folder or DEFAULT
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError) as exc:
-        raise WeightsError(f"no weight bundle in {folder}: {exc}") from exc
-    if not isinstance(manifest, dict):
-        raise WeightsError(f"{folder / MANIFEST} is no manifest")
-    return manifest
 
 
 def save(

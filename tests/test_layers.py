@@ -16,12 +16,22 @@ LAYERS = (
     ("errors", "model"),
     ("core",),
     ("config", "log", "audit", "db"),
-    ("dicomio", "spool", "weights", "device", "store", "objects", "scp"),
+    (
+        "dicomio",
+        "spool",
+        "manifest",
+        "weights",
+        "device",
+        "mining",
+        "store",
+        "objects",
+        "scp",
+    ),
     ("node",),
-    ("query", "files", "backfill", "rescore", "checks", "plot", "present"),
+    ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
     ("cli", "demo", "", "__main__"),
 )
-FOR_TRAINING = ("errors", "model", "core", "dicomio", "weights")
+FOR_TRAINING = ("errors", "model", "core", "dicomio", "manifest", "weights")
 IMPORTS_TORCH = (
     "dicomnode.core.batches",
     "dicomnode.core.network",

@@ -28,6 +28,10 @@ OUTLIER_MM = 50.0
 OUTLIER_DEVIATIONS = 5.0
 # Steps beside a step, itself included, that tell what spacing is usual there.
 NEIGHBOURS = 7
+# Heights are compared in whole micrometres: a share is then the same to the last bit wherever it
+# is worked out, here or in a database.
+UM_PER_MM = 1000
+LIMIT_UM = 1_000_000_000  # no height lies further from 0; it fits four bytes, as do differences
 
 
 class Support(StrEnum):
@@ -97,6 +101,14 @@ class Region:
     def spread_mm(self) -> float:
         """The greater sd of its ends between patients, of those that are known."""
         return max(self.low.sd_mm or 0.0, self.high.sd_mm or 0.0)
+
+    @property
+    def span_um(self) -> tuple[int, int] | None:
+        """Lower and upper end in micrometres, None where one of them is unsupported."""
+        if self.low_mm is None or self.high_mm is None:
+            return None
+        low = to_um(self.low_mm)
+        return low, max(to_um(self.high_mm), low + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row that a manifest holds."""
@@ -199,6 +211,28 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
     return np.array(merged)
 
 
+def stretches(z_mm: Floats, height_mm: Floats) -> tuple[tuple[int, int], ...]:
+    """Return what `covered` does in whole micrometres, ascending, with space between."""
+    merged: list[tuple[int, int]] = []
+    for low_mm, high_mm in covered(z_mm, height_mm):
+        low = to_um(low_mm)
+        high = max(to_um(high_mm), low + 1)
+        if merged and low <= merged[-1][1]:
+            low, high = merged[-1][0], max(high, merged.pop()[1])
+        merged.append((low, high))
+    return tuple(merged)
+
+
+def filled_um(filled: Iterable[tuple[int, int]], low_um: int, high_um: int) -> int:
+    """Return how much of a span disjoint stretches fill, all in micrometres."""
+    return sum(max(0, min(high, high_um) - max(low, low_um)) for low, high in filled)
+
+
+def to_um(height_mm: float) -> int:
+    """Return a body height in whole micrometres, within `LIMIT_UM` of 0."""
+    return round(min(max(height_mm * UM_PER_MM, -LIMIT_UM), LIMIT_UM))
+
+
 def coverage(
     z_mm: Floats, height_mm: Floats, regions: Sequence[Region]
 ) -> list[tuple[Region, float]]:
@@ -217,16 +251,20 @@ def coverage(
         In the order of the table: 0 (none of it) to 1. A region with an unsupported limit has
         no share and is left out.
     """
-    filled: Floats | None = None
-    shares = []
+    if all(region.span_um is None for region in regions):
+        return []
+    return shares(stretches(z_mm, height_mm), regions)
+
+
+def shares(
+    filled: Sequence[tuple[int, int]], regions: Sequence[Region]
+) -> list[tuple[Region, float]]:
+    """Return what `coverage` does, of the stretches of a Series."""
+    found = []
     for region in regions:
-        low, high = region.low_mm, region.high_mm
-        if low is None or high is None:
-            continue
-        if filled is None:
-            filled = covered(z_mm, height_mm)
-        shares.append((region, min(_length(filled, low, high) / (high - low), 1.0)))
-    return shares
+        if (span := region.span_um) is not None:
+            found.append((region, filled_um(filled, *span) / (span[1] - span[0])))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from dicomnode.store.answers import (
     open_slices,
     regions_of,
 )
+from dicomnode.store.coverage import count_uncovered, cover_curves
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -33,12 +34,27 @@ from dicomnode.store.intake import (
     record_quarantined,
     record_slices,
 )
-from dicomnode.store.pairs import offsets_of, pending_offsets, store_offsets, trust
+from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
+from dicomnode.store.search import (
+    Histogram,
+    Match,
+    Page,
+    count_matches,
+    find_histogram,
+    find_page,
+    matches,
+    mining_tables,
+    newest_id,
+    records,
+    statement_of,
+    windows,
+)
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.values import (
     Claimed,
+    FoundPair,
     KeptInputs,
     OpenSeries,
     PendingOffset,
@@ -50,8 +66,12 @@ from dicomnode.store.values import (
 
 __all__ = [
     "Claimed",
+    "FoundPair",
+    "Histogram",
     "KeptInputs",
+    "Match",
     "OpenSeries",
+    "Page",
     "PendingOffset",
     "SeriesRow",
     "SliceResult",
@@ -59,16 +79,21 @@ __all__ = [
     "StoredOffset",
     "available",
     "claim_series",
+    "count_matches",
     "count_offsets",
     "count_quarantined",
     "count_series",
     "count_stale",
+    "count_uncovered",
     "covariance_of",
+    "cover_curves",
     "curve_of",
     "curves_of",
     "end_association",
     "end_lost_associations",
     "exchange_scores",
+    "find_histogram",
+    "find_page",
     "finish_series",
     "has_lost_associations",
     "heights_of",
@@ -77,12 +102,16 @@ __all__ = [
     "list_quarantined",
     "list_series",
     "manifest_of",
+    "matches",
+    "mining_tables",
+    "newest_id",
     "next_completion",
     "offsets_of",
     "open_series",
     "open_slices",
     "opened",
     "origin_of",
+    "pairs_of_fixed",
     "pending_offsets",
     "prune_previews",
     "quiet_at",
@@ -90,10 +119,13 @@ __all__ = [
     "record_model",
     "record_quarantined",
     "record_slices",
+    "records",
     "regions_of",
     "sqlite_file",
     "stale_series",
+    "statement_of",
     "store_offsets",
     "trust",
+    "windows",
     "writing",
 ]

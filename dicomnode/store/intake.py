@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
+from dicomnode.store.coverage import store_coverage
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
 from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
@@ -215,6 +216,7 @@ def finish_series(
     kept = [placed[key] for key in zip(outcome.sop_instance_uids, outcome.frames, strict=True)]
     session.add(curve_row(series, outcome, kept, now))
     session.flush()
+    store_coverage(session, series_id, outcome)
     return ask_offsets(session, series, outcome.model)
 
 

@@ -71,6 +71,14 @@ class StoredOffset:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundPair:
+    """An offset, and whose."""
+
+    patient: PatientKey
+    stored: StoredOffset
+
+
+@dataclass(frozen=True, slots=True)
 class OpenSeries:
     """What is known of a Series that is not finished."""
 

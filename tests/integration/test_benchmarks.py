@@ -4,7 +4,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -172,3 +174,32 @@ def test_align_measures_every_method_and_finds_what_itk_finds():
     assert result["fasta"]["grid"] == [71, 3, 3]
     ratio = result["fasta_s"] / result["fasta_simpleitk_s"]
     assert result["ratios"]["fasta_simpleitk"] == pytest.approx(ratio, rel=1e-2)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder that another user, as whom Postgres runs for root, may reach; a socket fits it."""
+    with tempfile.TemporaryDirectory(prefix="dicomnode-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.slow
+def test_mining_measures_both_databases_and_leaves_nothing_behind(short_folder):
+    command = [sys.executable, "-m", "benchmarks.mining", "--quick", "--json"]
+    command += ["--folder", str(short_folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"series", "rows", "insert_ratio", "ratios"} <= set(result)
+    databases = {"sqlite"} if "postgres is left out" in done.stderr else {"postgres", "sqlite"}
+    asked = {(row["database"], row["query"]) for row in result["rows"]}
+    assert {database for database, _ in asked} == databases
+    assert len(asked) == len(result["rows"]) == 9 * len(databases)
+    for row in result["rows"]:
+        assert set(row) == {"database", "query", "median_ms", "cpu_ms", "limit_ms"}
+        assert row["median_ms"] > 0 and row["cpu_ms"] > 0
+        ratio = result["ratios"][f"{row['database']} {row['query']}"]
+        assert ratio == pytest.approx(row["median_ms"] / row["limit_ms"], rel=1e-2)
+    assert result["insert_ratio"] == max(i["ratio"] for i in result["inserts"]) > 0
+    assert list(short_folder.iterdir()) == []

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, event, func, select
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -277,6 +277,27 @@ def test_series_are_listed_by_what_is_asked(node):
     assert listed(patient_id="P2", state=SeriesState.CURVE) == []
     with store.reading(node) as session:
         assert store.count_series(session) == {SeriesState.CURVE: 1, SeriesState.OPEN: 1}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_finishing_a_series_does_not_look_through_all_curves(node):
+    add_curve(node, PRIOR)
+    record(node, scan(FOLLOW_UP))
+    with node.connect() as connection:
+        asked: list[tuple[str, Any]] = []
+
+        def note(_: Any, __: Any, statement: str, parameters: Any, *rest: Any) -> None:
+            asked.append((statement, parameters))
+
+        event.listen(node, "before_cursor_execute", note)
+        assert finish(node, FOLLOW_UP) == 1
+        event.remove(node, "before_cursor_execute", note)
+        of_patient = [
+            str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values).all())
+            for sql, values in asked
+            if sql.startswith("SELECT") and "patient_id = " in sql
+        ]
+    assert len(of_patient) == 1 and "ix_series_patient" in of_patient[0]
 
 
 # Completion
