@@ -291,3 +291,41 @@ class Quarantined(Base):
     reason: Mapped[str] = mapped_column(String(40), index=True)
     detail: Mapped[str] = mapped_column(Text)  # never a patient attribute
     arrived_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Delivery(Base):
+    """Something that goes to a destination: the outbox, one row for what is to be there.
+
+    Written together with what asks for it, so that none is forgotten. What exactly is sent is
+    made when it is due. `version` counts how often it was asked for: what an older one sent does
+    not settle a newer one.
+    """
+
+    __tablename__ = "delivery"
+    __table_args__ = (
+        UniqueConstraint(
+            "kind", "destination", "rule", "subject", "other", name="uq_delivery_what"
+        ),
+        Index("ix_delivery_state_due_at", "state", "due_at"),
+        Index("ix_delivery_subject", "subject"),
+        Index("ix_delivery_transaction_uid", "transaction_uid"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))  # registration, report, forward, webhook
+    destination: Mapped[str] = mapped_column(String(255))  # AE title, or URL
+    rule: Mapped[str] = mapped_column(String(64))  # its name, empty: none
+    # UID of a Series; of a pair, the fixed Study, and in `other` the moving one.
+    subject: Mapped[str] = mapped_column(UID)
+    other: Mapped[str] = mapped_column(UID)
+    version: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]  # since it was last asked for
+    asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    due_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    reason: Mapped[str | None] = mapped_column(Text)  # of the last failure; no patient attribute
+    sop_class_uid: Mapped[str | None] = mapped_column(UID)
+    sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last
+    transaction_uid: Mapped[str | None] = mapped_column(UID)  # of Storage Commitment
+    commitment: Mapped[str | None] = mapped_column(String(16))  # asked, committed, failed

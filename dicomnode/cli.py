@@ -115,7 +115,9 @@ def demo(keep: bool) -> None:
 
 @main.command()
 @_config_option
-@click.option("--only", type=click.Choice(["receive", "work"]), help="Run one part alone.")
+@click.option(
+    "--only", type=click.Choice(["receive", "work", "exchange"]), help="Run one part alone."
+)
 @click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
 @click.option(
     "--log-level",
@@ -133,7 +135,7 @@ def serve(
     until_eof: bool,
     listen_fd: int | None,
 ) -> None:
-    """Run the node: receivers and worker, until SIGTERM or Ctrl-C.
+    """Run the node: receivers, worker, exchange with peers, until SIGTERM or Ctrl-C.
 
     \b
     Example:  dicomnode serve --config node.toml
@@ -151,6 +153,11 @@ def serve(
 
         listening = None if listen_fd is None else socket.socket(fileno=listen_fd)
         receive.run(settings, stop, listening)
+        return
+    if only == "exchange":
+        from dicomnode.node import exchange
+
+        exchange.run(settings, stop)
         return
     from dicomnode.node import serve as parts
 

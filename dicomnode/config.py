@@ -9,10 +9,20 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -39,6 +49,18 @@ def _ae_title(value: str) -> str:
 
 
 AETitle = Annotated[str, AfterValidator(_ae_title)]
+
+
+def _web_address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a URL begins with http:// or https:// and a host")
+    if parts.username or parts.password:
+        raise ValueError("no user name and password in a URL: it is shown and logged")
+    return value
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
 
 
 class _Section(BaseModel):
@@ -291,6 +313,71 @@ class KeepSettings(_Section):
     )
 
 
+class DeliverSettings(_Section):
+    """Which results go out by themselves, and to whom."""
+
+    registration: tuple[AETitle, ...] = Field(
+        default=(),
+        description="Peers that get a Spatial Registration of each pair of Studies.",
+    )
+    report: tuple[AETitle, ...] = Field(
+        default=(), description="Peers that get a report of what each Series covers."
+    )
+    webhooks: tuple[WebAddress, ...] = Field(
+        default=(), description="URLs that get the offset of each pair of Studies, as JSON."
+    )
+    webhook_secret_file: Path | None = Field(
+        default=None,
+        description="File of the key that signs what webhooks get, HMAC-SHA256.",
+    )
+    settle_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds without a change after which a result goes out, so that of a Study "
+        "that arrives Series by Series one object is made, not many.",
+    )
+    give_up_hours: float = Field(
+        default=72.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Hours after which a delivery that never succeeded is set aside.",
+    )
+    commitment: bool = Field(
+        default=True,
+        description="Whether peers are asked to commit themselves to keep what they got "
+        "(Storage Commitment), where they offer it.",
+    )
+
+
+class Rule(_Section):
+    """What happens to a Series that an expression finds."""
+
+    name: str = Field(
+        min_length=1, max_length=64, description="Name of the rule, under which it is listed."
+    )
+    when: str = Field(min_length=1, description="Expression, in the language of `mine`.")
+    send_to: AETitle | None = Field(default=None, description="Peer that gets the Series.")
+    webhook: WebAddress | None = Field(default=None, description="URL that is told of it.")
+    region: str | None = Field(
+        default=None, description="Send those slices alone that show this region."
+    )
+    margin_mm: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="With region: slices so far beyond its ends go as well.",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> Self:
+        if (self.send_to is None) == (self.webhook is None):
+            raise ValueError("a rule has either send_to or webhook")
+        if self.region is not None and self.send_to is None:
+            raise ValueError("region says which slices send_to gets")
+        return self
+
+
 class Settings(BaseSettings):
     """Every setting of the node. Build it with `load`."""
 
@@ -305,6 +392,43 @@ class Settings(BaseSettings):
     score: ScoreSettings = ScoreSettings()
     series: SeriesSettings = SeriesSettings()
     keep: KeepSettings = KeepSettings()
+    deliver: DeliverSettings = DeliverSettings()
+    rule: Annotated[tuple[Rule, ...], NoDecode] = ()
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("rule")
+    @classmethod
+    def _names_differ(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        names = [rule.name for rule in rules]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two rules have the name {name}")
+        return rules
+
+    @model_validator(mode="after")
+    def _peers_are_known(self) -> Self:
+        known = {peer.ae_title for peer in self.node.peers}
+        named = [("deliver.registration", title) for title in self.deliver.registration]
+        named += [("deliver.report", title) for title in self.deliver.report]
+        named += [(f"rule.{r.name}.send_to", r.send_to) for r in self.rule if r.send_to]
+        for key, title in named:
+            if title not in known:
+                raise ValueError(f"{key}: {title} is none of node.peers")
+        return self
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether there is anything for the part that talks to peers by itself."""
+        deliver = self.deliver
+        return bool(deliver.registration or deliver.report or deliver.webhooks or self.rule)
+
+    def peer(self, ae_title: str) -> Peer | None:
+        """Return the peer of an AE title, None where there is none any more."""
+        return next((peer for peer in self.node.peers if peer.ae_title == ae_title), None)
 
     @property
     def receivers(self) -> int:
@@ -368,10 +492,15 @@ def _refuse_unknown_variables() -> None:
         if name.upper().startswith(_PREFIX) and not name.upper().startswith(_TEST_PREFIX):
             section, _, key = name[len(_PREFIX) :].lower().partition("__")
             field = Settings.model_fields.get(section)
-            if field is None or key not in field.default.__class__.model_fields:
+            is_list = not key and name.upper() == f"{_PREFIX}RULE"
+            if not is_list and (field is None or key not in _keys(field.default)):
                 unknown.append(f"{name}: no such setting")
     if unknown:
         raise ConfigError("\n".join(unknown))
+
+
+def _keys(section: object) -> Mapping[str, object]:
+    return type(section).model_fields if isinstance(section, BaseModel) else {}
 
 
 def _parse(path: Path) -> dict[str, Any]:

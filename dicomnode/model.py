@@ -109,6 +109,24 @@ class OffsetStatus(StrEnum):
     REFUSED = "refused"
 
 
+class DeliveryKind(StrEnum):
+    """What goes out."""
+
+    REGISTRATION = "registration"  # Spatial Registration of a pair of Studies
+    REPORT = "report"  # SR of what a Series covers
+    FORWARD = "forward"  # the Series itself, or slices of it
+    WEBHOOK = "webhook"  # JSON about a Series or a pair of Studies
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands."""
+
+    WAITING = "waiting"  # for its time, or for the next attempt
+    DONE = "done"
+    FAILED = "failed"  # given up; a person should look, and may queue it again
+    DROPPED = "dropped"  # when it was due, there was nothing to say any more
+
+
 @dataclass(frozen=True, slots=True)
 class SpooledInstance:
     """One Instance on stable storage: a DICOM Part 10 file with a name of our own making.
@@ -194,7 +212,6 @@ class ScoredSlice:
     image_orientation: tuple[float, ...]  # (6,)
     score: float
     frame: int = 1  # counted from 1, as in PS3.3
-    issuer_is_default: bool = False  # the data set named none
     frame_of_reference_uid: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
 

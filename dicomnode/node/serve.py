@@ -1,4 +1,4 @@
-"""Runs the stages: receiver processes and one worker process that owns the device."""
+"""Runs the stages: receivers, one worker that owns the device, and the exchange with peers."""
 
 import contextlib
 import logging
@@ -229,8 +229,9 @@ def supervise(
 ) -> int:
     """Run each part as a process of its own until `stop` is set, and restart what dies.
 
-    The parts are the receivers, which share one listening socket, and the worker. Each ends by
-    itself when this process is gone: it holds the reading end of a pipe.
+    The parts are the receivers, which share one listening socket, the worker, and, where the
+    settings give it something to do, the exchange. Each ends by itself when this process is gone:
+    it holds the reading end of a pipe.
 
     Returns
     -------
@@ -250,6 +251,8 @@ def supervise(
         parts.append(_start(name, command + inherit, listening))
     if worker:
         parts.append(_start("work", [*command, "--only", "work"], None))
+        if settings.exchanges:
+            parts.append(_start("exchange", [*command, "--only", "exchange"], None))
     try:
         while not stop.wait(0.2):
             for part in parts:

@@ -34,6 +34,15 @@ from dicomnode.store.intake import (
     record_quarantined,
     record_slices,
 )
+from dicomnode.store.outbox import (
+    Ask,
+    Delivery,
+    ask_deliveries,
+    claim_deliveries,
+    list_deliveries,
+    next_delivery_at,
+    settle_delivery,
+)
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
@@ -65,7 +74,9 @@ from dicomnode.store.values import (
 )
 
 __all__ = [
+    "Ask",
     "Claimed",
+    "Delivery",
     "FoundPair",
     "Histogram",
     "KeptInputs",
@@ -77,7 +88,9 @@ __all__ = [
     "SliceResult",
     "StaleSeries",
     "StoredOffset",
+    "ask_deliveries",
     "available",
+    "claim_deliveries",
     "claim_series",
     "count_matches",
     "count_offsets",
@@ -99,6 +112,7 @@ __all__ = [
     "heights_of",
     "is_waiting",
     "kept_inputs",
+    "list_deliveries",
     "list_quarantined",
     "list_series",
     "manifest_of",
@@ -106,6 +120,7 @@ __all__ = [
     "mining_tables",
     "newest_id",
     "next_completion",
+    "next_delivery_at",
     "offsets_of",
     "open_series",
     "open_slices",
@@ -121,6 +136,7 @@ __all__ = [
     "record_slices",
     "records",
     "regions_of",
+    "settle_delivery",
     "sqlite_file",
     "stale_series",
     "statement_of",

@@ -23,12 +23,14 @@ from db import migrate
 from db.schema import Base, Quarantined, Series, Slice, UTCDateTime
 
 NOON = datetime(2024, 5, 17, 12, 0, 0, 123456, tzinfo=UTC)
-FOURTH = '''"""A fourth migration, as a later version would bring it."""
+HEAD = migrate.head()
+NEXT, AFTER = (f"{int(HEAD) + n:04d}" for n in (1, 2))
+LATER = f'''"""A migration, as a later version would bring it."""
 
 from alembic import op
 
-revision = "0004"
-down_revision = "0003"
+revision = "{NEXT}"
+down_revision = "{HEAD}"
 
 
 def upgrade() -> None:
@@ -219,22 +221,22 @@ def test_two_processes_may_upgrade_at_once(database_url: str) -> None:
 def test_check_refuses_a_database_without_schema(database_url: str) -> None:
     with opened(database_url) as engine:
         assert migrate.current(engine) is None
-        with pytest.raises(migrate.SchemaError, match="no schema yet; this code needs 0003"):
+        with pytest.raises(migrate.SchemaError, match=f"no schema yet; this code needs {HEAD}"):
             migrate.check(engine)
 
 
 @pytest.fixture
 def later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Turns the code into a later version, which has a migration 0004."""
+    """Turns the code into a later version, which has a migration more."""
     later = tmp_path / "later"
     shutil.copytree(migrate.MIGRATIONS, later)
-    (later / "versions" / "0004_rename_maker.py").write_text(FOURTH)
+    (later / "versions" / f"{NEXT}_rename_maker.py").write_text(LATER)
     return lambda: monkeypatch.setattr(migrate, "MIGRATIONS", later)
 
 
 def test_check_refuses_an_older_database(engine: Engine, later_version: Callable[[], None]) -> None:
     later_version()
-    with pytest.raises(migrate.SchemaError, match="older than this code, at 0003 of 0004"):
+    with pytest.raises(migrate.SchemaError, match=f"older than this code, at {HEAD} of {NEXT}"):
         migrate.check(engine)
     migrate.upgrade(engine)
     migrate.check(engine)
@@ -243,7 +245,7 @@ def test_check_refuses_an_older_database(engine: Engine, later_version: Callable
 def test_check_and_upgrade_refuse_a_newer_database(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(migrate.SchemaError, match="newer than this code, at 9999 against 0003"):
+    with pytest.raises(migrate.SchemaError, match=f"newer than this code, at 9999 against {HEAD}"):
         migrate.check(engine)
     with pytest.raises(migrate.SchemaError, match="newer than this code"):
         migrate.upgrade(engine)
@@ -270,22 +272,22 @@ def test_failed_migration_leaves_the_database_as_it_was(
 ) -> None:
     before = described(engine)
     later_version()
-    script = migrate.MIGRATIONS / "versions" / "0004_rename_maker.py"
+    script = migrate.MIGRATIONS / "versions" / f"{NEXT}_rename_maker.py"
     script.write_text(script.read_text() + "    raise ZeroDivisionError\n")
     with pytest.raises(ZeroDivisionError):
         migrate.upgrade(engine)
     assert described(engine) == before
-    assert migrate.current(engine) == "0003"
+    assert migrate.current(engine) == HEAD
 
 
 def test_revise_writes_the_next_number(engine: Engine, later_version: Callable[[], None]) -> None:
     later_version()
     migrate.upgrade(engine)
     path = migrate.revise(engine, "name the maker again")
-    assert path.name == "0005_name_the_maker_again.py"
-    assert 'down_revision = "0004"' in path.read_text()
+    assert path.name == f"{AFTER}_name_the_maker_again.py"
+    assert f'down_revision = "{NEXT}"' in path.read_text()
     migrate.upgrade(engine)
-    assert migrate.current(engine) == "0005"
+    assert migrate.current(engine) == AFTER
 
 
 # Engines
