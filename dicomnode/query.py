@@ -9,11 +9,12 @@ from sqlalchemy import Engine, select
 
 from db import schema
 from dicomnode import store
-from dicomnode.core import admission, align, geometry
-from dicomnode.core.region import Region
+from dicomnode.core import admission, align, geometry, opening, region, slicemap
+from dicomnode.core.region import Extent, Region
 from dicomnode.core.robust import Covariance
-from dicomnode.errors import ObjectError
-from dicomnode.model import Floats, Method, ScoreCurve
+from dicomnode.core.slicemap import Line
+from dicomnode.errors import ObjectError, RegionError
+from dicomnode.model import Floats, Method, OffsetStatus, ScoreCurve
 from dicomnode.objects import source
 from dicomnode.objects.source import Source
 from dicomnode.store import SeriesRow, StoredOffset
@@ -119,6 +120,121 @@ def _compute(
                 )
             )
     return sorted(found, key=store.trust)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One slice of a curve."""
+
+    sop_instance_uid: str
+    frame: int  # counted from 1, as in PS3.3
+    index: int  # in the curve, feet to head, counted from 0
+    z_mm: float  # along the slice normal
+    height_mm: float  # body height
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where to begin to look at a region in a Series."""
+
+    series_uid: str
+    model: str  # digest of the bundle whose regions these are
+    region: Region
+    extent: Extent | None  # None: nothing of it is shown
+    share: float | None  # of the region that is covered, None where one of its ends is not known
+    # To open first: the middle of what is shown of the region; None where it is not shown.
+    place: Place | None
+    nearest: Place | None  # then, the slice nearest to it; None where no limit of it is known
+    # From there to the region, body height: positive where it lies towards the head.
+    distance_mm: float | None
+
+
+def view(engine: Engine, series_uid: str, region_key: str) -> View | None:
+    """Return which slice of a Series to open first for a region; None where it has no curve.
+
+    Parameters
+    ----------
+    region_key
+        The region's name, in any case, or its SNOMED CT code.
+
+    Raises
+    ------
+    RegionError
+        If the bundle that made the curve does not know it; the message names those it knows.
+    """
+    with store.reading(engine) as session:
+        curve = store.curve_of(session, series_uid)
+        if curve is None:
+            return None
+        regions = store.regions_of(session, curve.model)
+    wanted = region.lookup(regions, region_key)
+    if wanted is None:
+        names = ", ".join(r.name for r in regions) or "none: it was not calibrated"
+        raise RegionError(f"no region {region_key[:64]!a}; bundle {curve.model[:16]} has {names}")
+    found = opening.opening(curve.z_mm, curve.height_mm, wanted)
+    if found is None:
+        return View(series_uid, curve.model, wanted, None, None, None, None, None)
+    place = _place(curve, found.index)
+    if found.shown is None:
+        shares = region.coverage(curve.z_mm, curve.height_mm, [wanted])
+        share = shares[0][1] if shares else None
+        return View(series_uid, curve.model, wanted, None, share, None, place, found.distance_mm)
+    shown = found.shown
+    return View(series_uid, curve.model, wanted, shown.extent, shown.share, place, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A fixed slice, and the moving one that shows the same, where there is one."""
+
+    fixed: Place
+    moving: Place | None
+    distance_mm: float | None  # towards the head, from the fixed slice to the moving one
+
+
+@dataclass(frozen=True, slots=True)
+class PairMap:
+    """The slices of a fixed Series with those of a moving one, under the offset between them."""
+
+    stored: StoredOffset
+    slices: tuple[Matched, ...]  # every fixed slice, feet to head; empty of a refused offset
+    line: Line | None  # the same as a straight line, None where the slices are too uneven
+
+
+def slice_map(
+    engine: Engine, fixed_study: str, moving_study: str, method: Method | None = None
+) -> PairMap | None:
+    """Return which slice of one Study shows what a slice of the other does; None without a pair.
+
+    Of the two Series, and by the offset, that `pair` gives.
+    """
+    found = pair(engine, fixed_study, moving_study, method)
+    if found is None:
+        return None
+    offset_mm = found.stored.offset.offset_mm
+    if found.stored.offset.status is OffsetStatus.REFUSED or offset_mm is None:
+        return PairMap(found.stored, (), None)
+    sides = found.fixed.z_mm, found.moving.z_mm
+    nearest = slicemap.slice_map(*sides, offset_mm)
+    matched = tuple(
+        Matched(_place(found.fixed, i), None, None)
+        if at == slicemap.NONE
+        else Matched(_place(found.fixed, i), _place(found.moving, at), distance)
+        for i, (at, distance) in enumerate(
+            zip(nearest.index.tolist(), nearest.distance_mm.tolist(), strict=True)
+        )
+    )
+    return PairMap(found.stored, matched, slicemap.line(*sides, offset_mm))
+
+
+def _place(curve: ScoreCurve, index: int) -> Place:
+    return Place(
+        curve.sop_instance_uids[index],
+        curve.frames[index],
+        index,
+        float(curve.z_mm[index]),
+        float(curve.height_mm[index]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
