@@ -566,12 +566,8 @@ def curve(
         _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
         if report and found and found.curve:
-            from dicomnode.objects.modules import Origin
-
             known = query.source_of(engine, found.curve)
-            made_at = known.computed_at.astimezone()
-            origin = Origin(found.curve.model, known.model_name, made_at, str(known.revision))
-            _write_report(report, found.curve, found.regions, known.source, origin)
+            _write_report(report, known.curve, known.regions, known.source, known.origin)
     if found is None:
         _nothing("the node never saw this Series")
     row = found.series
@@ -621,15 +617,8 @@ def offset(
         if answer is None:
             _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
         if registration and answer.stored.offset.status is not OffsetStatus.REFUSED:
-            from dicomnode.objects.modules import Origin
-
             fixed, moving = (query.source_of(engine, c) for c in (answer.fixed, answer.moving))
-            origin = Origin(
-                model=answer.stored.model,
-                model_name=fixed.model_name,
-                made_at=answer.stored.computed_at.astimezone(),
-                revision=f"{fixed.revision}.{moving.revision}",
-            )
+            origin = fixed.origin_with(moving, answer.stored.computed_at)
             _write_registration(registration, answer, fixed.source, moving.source, origin)
     _answer_offset(answer, as_json, transform, png_path)
 

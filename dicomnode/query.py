@@ -1,23 +1,19 @@
 """Questions shared by CLI, REST and page: read only, answered from the database."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime
 
 import numpy as np
-from pydicom.dataset import Dataset
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine
 
-from db import schema
 from dicomnode import store
-from dicomnode.core import admission, align, geometry, opening, region, slicemap
+from dicomnode.core import align, geometry, opening, region, slicemap
 from dicomnode.core.region import Extent, Region
 from dicomnode.core.robust import Covariance
 from dicomnode.core.slicemap import Line
 from dicomnode.errors import ObjectError, RegionError
 from dicomnode.model import Floats, Method, OffsetStatus, ScoreCurve
-from dicomnode.objects import source
-from dicomnode.objects.source import Source
-from dicomnode.store import SeriesRow, StoredOffset
+from dicomnode.store import KnownSource, SeriesRow, StoredOffset
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,43 +233,21 @@ def _place(curve: ScoreCurve, index: int) -> Place:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class KnownSource:
-    """A Series as an object refers to it, as far as the database knows it."""
-
-    source: Source
-    revision: int  # of its curve
-    computed_at: datetime  # the curve
-    model_name: str  # of the bundle that made it
-
-
 def source_of(engine: Engine, curve: ScoreCurve) -> KnownSource:
-    """Return the Series of a stored curve; what the database does not keep is empty.
+    """Return the Series of a stored curve as an object refers to it.
 
     Raises
     ------
     ObjectError
-        If it is not known which SOP Class its Instances have.
+        If it is not known which SOP Class its Instances have, or the curve was revised meanwhile.
     """
-    if set(curve.frames) != {1}:
-        raise ObjectError(f"the SOP Class of Series {curve.series_uid} was not kept")
     with store.reading(engine) as session:
-        (row,) = store.list_series(session, series_uid=curve.series_uid)
-        frames_of_reference, computed_at = session.execute(
-            select(schema.Curve.frames_of_reference, schema.Curve.computed_at)
-            .join(schema.Series)
-            .where(schema.Series.series_uid == curve.series_uid)
-        ).one()
-        name = str(store.manifest_of(session, curve.model)["name"])
-    classes = dict.fromkeys(curve.sop_instance_uids, admission.CT_IMAGE)
-    header = Dataset()
-    header.StudyInstanceUID, header.SeriesInstanceUID = row.study_uid, row.series_uid
-    header.PatientID = row.patient.patient_id
-    header.BodyPartExamined = row.body_part_examined
-    if row.study_datetime is not None:
-        header.StudyDate = row.study_datetime.strftime("%Y%m%d")
-        if row.study_datetime.time() != time.min:  # midnight: the header told no time
-            header.StudyTime = row.study_datetime.strftime("%H%M%S")
-    instances = source.instances_of(curve, classes)
-    known = source.of_header(header, instances, frames_of_reference)
-    return KnownSource(known, row.revision, computed_at, name)
+        found = store.source_of(session, curve.series_uid)
+    slices = curve.sop_instance_uids, curve.frames, curve.model
+    if found is None or slices != (
+        found.curve.sop_instance_uids,
+        found.curve.frames,
+        found.curve.model,
+    ):
+        raise ObjectError(f"Series {curve.series_uid} was revised meanwhile: ask again")
+    return found
