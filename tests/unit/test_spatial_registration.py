@@ -188,7 +188,7 @@ def test_of_uneven_slices_the_description_has_no_line():
 
 def test_the_longest_description_is_not_cut():
     longest = module.FARTHEST_MM
-    sides = placed(FIXED, 1e4 + 5.0 * np.arange(9)), placed(MOVING, -1e4 + 0.417 * np.arange(900))
+    sides = placed(FIXED, 1e4 + 5.003 * np.arange(9)), placed(MOVING, -1e4 + 0.417 * np.arange(900))
     ds = registration(*sides, replace(XYZ, offset_mm=-longest, sigma_mm=longest), ORIGIN)
     assert ds.ContentDescription == "z -50000.0 mm, sigma 50000.0 mm, robust"
 
