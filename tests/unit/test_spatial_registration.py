@@ -229,6 +229,21 @@ def test_every_image_is_listed_once_under_its_study_and_series(same_study):
     assert iod.referenced(ds) == {uid for uids in listed for uid in uids}
 
 
+def test_the_checks_of_our_own_see_what_they_are_for():
+    ds = written(registration(FIXED, MOVING, XYZ, ORIGIN))
+    del ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence[3]
+    listed = {uid for uids in iod.common_instance_reference(ds).values() for uid in uids}
+    assert iod.referenced(ds) - listed == {FIXED.instances[3].sop_instance_uid}
+    del ds.StudiesContainingOtherReferencedInstancesSequence
+    assert list(iod.common_instance_reference(ds)) == [(FIXED.study_uid, FIXED.series_uid)]
+    # The opposite direction, as a Deformable Spatial Registration has it.
+    (matrix,) = ds.RegistrationSequence[1].MatrixRegistrationSequence[0].MatrixSequence
+    inverse = np.linalg.inv(np.array(matrix.FrameOfReferenceTransformationMatrix).reshape(4, 4))
+    matrix.FrameOfReferenceTransformationMatrix = inverse.ravel().tolist()
+    found = iod.registered(ds, MOVING.instances[0].sop_instance_uid, (10.0, -20.0, 300.0))
+    np.testing.assert_allclose(found, [17.5, -32.25, 266.875])
+
+
 def test_a_frame_of_reference_that_a_scanner_reuses_is_named_for_one_side_only():
     ds = registration(FIXED, replace(MOVING, frames_of_reference=("1.2.3.9",)), XYZ, ORIGIN)
     fixed, moving = ds.RegistrationSequence
