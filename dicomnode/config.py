@@ -311,6 +311,19 @@ class KeepSettings(_Section):
         "database, from the last slice of its Series on; `dicomnode rescore` needs it. 0 keeps "
         "none, and drops what was kept.",
     )
+    dicom_path: Path | None = Field(
+        default=None,
+        description="Folder in which every Instance that could be read is kept for good, as "
+        "STUDY/SERIES/INSTANCE.dcm by their UIDs. Unset, pixels go once they are scored and every "
+        "rule is served.",
+    )
+    rule_days: int = Field(
+        default=7,
+        ge=0,
+        le=36_500,
+        description="Days for which the pixels of a Series stay after a delivery that a rule "
+        "asked for was given up; `dicomnode deliveries requeue` needs them.",
+    )
 
 
 class DeliverSettings(_Section):
@@ -442,6 +455,16 @@ class Settings(BaseSettings):
     def audit_log(self) -> Path:
         """Where the audit log is written."""
         return self.node.audit_log or self.spool.path.absolute().parent / "audit.jsonl"
+
+    @property
+    def held_path(self) -> Path:
+        """Where pixels are held until every rule is served: on the disk of the spool."""
+        return self.spool.path / "held"
+
+    @property
+    def holds(self) -> bool:
+        """Whether pixels are needed once they are scored."""
+        return self.keep.dicom_path is not None or any(rule.send_to for rule in self.rule)
 
     @property
     def refuse_below_bytes(self) -> int:

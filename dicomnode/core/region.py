@@ -304,13 +304,49 @@ def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[
         common = _length(filled, low, high)
         if common <= min(r.spread_mm, (high - low) / 2):
             continue
-        at = np.flatnonzero((height >= low) & (height <= high))
-        if not len(at):  # between two slices, or beyond the last: the nearest one
-            at = np.array([np.argmin(np.maximum(low - height, height - high))])
-        where = np.flatnonzero(sound)[at]
+        where = np.flatnonzero(sound)[_at(height, low, high)]
         ends = int(where[0]), int(where[-1])
         found.append(Showing(r, share_of.get(r.name), _extent(filled, r), *ends))
     return found
+
+
+def bounds(
+    z_mm: Floats, height_mm: Floats, region: Region, margin_mm: float = 0.0
+) -> tuple[int, int] | None:
+    """Return the lowest and the highest slice of a curve that show a region, or what is near it.
+
+    Slices read wrongly, which lie between, belong to it as well.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+    region : Region
+        One of the table of the bundle that made the curve. An unsupported end lies beyond every
+        slice.
+    margin_mm : float
+        Millimetres of body height that count beyond each end.
+
+    Returns
+    -------
+    (int, int) or None
+        Indices into the curve, both included; None where the slices fill none of it.
+    """
+    low = -math.inf if region.low_mm is None else region.low_mm - margin_mm
+    high = math.inf if region.high_mm is None else region.high_mm + margin_mm
+    if _length(covered(z_mm, height_mm), low, high) <= 0:
+        return None
+    sound, height, _ = _smoothed(z_mm, height_mm)
+    where = np.flatnonzero(sound)[_at(height, low, high)]
+    return int(where[0]), int(where[-1])
+
+
+def _at(height: Floats, low: float, high: float) -> npt.NDArray[np.intp]:
+    """Return which of (M,) heights lie between two; the nearest one where none does."""
+    at = np.flatnonzero((height >= low) & (height <= high))
+    if not len(at):  # between two slices, or beyond the last
+        at = np.array([np.argmin(np.maximum(low - height, height - high))])
+    return at
 
 
 def _extent(filled: Floats, r: Region) -> Extent:

@@ -1,6 +1,7 @@
 """Finishes each Series on evidence that it is complete.
 
-Reads slice rows, writes the curve together with the pairs that follow from it.
+Reads slice rows, writes the curve together with the pairs that follow from it, and with what the
+rules that it meets ask for.
 """
 
 import logging
@@ -9,11 +10,13 @@ from datetime import datetime, timedelta
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from dicomnode import rules as ruling
 from dicomnode import store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.core import curve
 from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
+from dicomnode.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,10 @@ class AssembleStage:
         quiet_seconds: float,
         lost_seconds: float,
         audit: AuditLog | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.engine = engine
+        self.rules = rules or Rules()
         self.audit = audit or AuditLog(None)
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
@@ -83,6 +88,9 @@ class AssembleStage:
             study_uid, associations = store.origin_of(session, series.id)
             result = outcome(session, series.series_uid, claimed)
             pairs = store.finish_series(session, series.id, result, claimed, evidence, now)
+            met = self.rules.met(session, series.id)
+            # Due at once: a Series is one thing, nothing else of its Study is waited for.
+            store.ask_deliveries(session, ruling.asks(series.series_uid, met), now, now)
         logger.info(
             "series finished",
             extra={
@@ -92,6 +100,7 @@ class AssembleStage:
                 "set_aside": len(claimed.set_aside),
                 "evidence": str(evidence),
                 "pairs": pairs,
+                "rules": [rule.name for rule in met],
             },
         )
         # The receiver reads no data set: its lines name the sender of each association, and this

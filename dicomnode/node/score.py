@@ -1,6 +1,7 @@
 """Decodes what is spooled and scores it in batches, slices of any Series together.
 
-Reads the spool, writes slice rows; a file leaves the spool after that commit, not before.
+Reads the spool, writes held pixels and slice rows; a file leaves the spool after that commit, not
+before.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
 from dicomnode.device import Runner
 from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
+from dicomnode.held import Held, Pixels
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
 from dicomnode.spool import Entry, Spool
 from dicomnode.weights import Bundle
@@ -109,8 +111,9 @@ class ScoreStage:
         default_issuers: Mapping[str, str] | None = None,
         threads: int | None = None,
         keep_inputs: bool = True,
+        held: Held | None = None,
     ) -> None:
-        self.spool, self.engine, self.scorer = spool, engine, scorer
+        self.spool, self.engine, self.scorer, self.held = spool, engine, scorer, held
         self.keep_inputs = keep_inputs
         self.default_issuers = dict(default_issuers or {})
         # Decoding is parallel by slice; matrix products that fork threads of their own inside
@@ -140,7 +143,7 @@ class ScoreStage:
 
         Raises
         ------
-        StoreUnavailable, DeviceUnavailable
+        StoreUnavailable, DeviceUnavailable, HeldUnavailable
             Nothing is lost: the same entries come again.
         """
         batch, self._ahead = self._ahead, None
@@ -223,7 +226,12 @@ class ScoreStage:
     def _store(
         self, entries: list[SpooledInstance], read: Sequence[list[Read] | DicomError]
     ) -> None:
-        """Score what was decoded, store it, and let go of the entries, in this order."""
+        """Hold pixels, score what was decoded, store it, let go of the entries, in this order.
+
+        What is stored may finish its Series and be asked for by a rule: its pixels are there then.
+        """
+        if self.held is not None:
+            entries, read = self._hold(self.held, entries, read)
         inputs = [
             frame.decoded.input
             for frames in read
@@ -265,6 +273,27 @@ class ScoreStage:
                 "instance quarantined", extra={"file": entry.name, "reason": str(reason)}
             )
         self.spool.remove(*entries)
+
+    def _hold(
+        self, held: Held, entries: list[SpooledInstance], read: Sequence[list[Read] | DicomError]
+    ) -> tuple[list[SpooledInstance], list[list[Read] | DicomError]]:
+        """Hold the pixels of a batch, and return what of it may be stored: all, or nearly so."""
+        pixels = [_pixels(self.spool, *both) for both in zip(entries, read, strict=True)]
+        stored = list(zip(entries, read, strict=True))
+        try:
+            held.put([one for one in pixels if one is not None])
+        except OSError:
+            stored.clear()
+            for entry, frames, one in zip(entries, read, pixels, strict=True):
+                try:
+                    held.put([one] if one is not None else [])
+                    stored.append((entry, frames))
+                except OSError as exc:
+                    # Others may pass it meanwhile; what is in its way, a person has to see.
+                    self.spool.set_back(entry)
+                    extra = {"file": entry.name, "reason": exc.strerror}
+                    logger.error("pixels not held", extra=extra)
+        return [entry for entry, _ in stored], [frames for _, frames in stored]
 
     def _read(self, entry: SpooledInstance) -> list[Read] | DicomError:
         """Return what an Instance holds, Frame by Frame, or what is wrong with it."""
@@ -330,6 +359,22 @@ class ScoreStage:
         partial = Path(f"{self._in_flight}.part")
         partial.write_text(text)
         os.replace(partial, self._in_flight)
+
+
+def _pixels(
+    spool: Spool, entry: SpooledInstance, frames: list[Read] | DicomError
+) -> Pixels | None:
+    """Return what of an entry is to be held: CT of which something could be read."""
+    if isinstance(frames, DicomError) or not any(_is_worth(f.decoded.reason) for f in frames):
+        return None
+    header = frames[0].decoded.header
+    uids = header.study_uid, header.series_uid, header.sop_instance_uid
+    return Pixels(*uids, spool.read(entry))
+
+
+def _is_worth(reason: Reason | None) -> bool:
+    # A slice that was set aside, such as a scout view, is part of its Series all the same.
+    return reason is not Reason.NOT_CT and not _is_unsound(reason)
 
 
 def _up_to_event(entries: list[Entry]) -> list[SpooledInstance]:

@@ -20,6 +20,7 @@ from dicomnode.store.answers import (
     regions_of,
 )
 from dicomnode.store.coverage import count_uncovered, cover_curves
+from dicomnode.store.holding import Forward, Wanting, slices_beside, wanting
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -77,6 +78,7 @@ __all__ = [
     "Ask",
     "Claimed",
     "Delivery",
+    "Forward",
     "FoundPair",
     "Histogram",
     "KeptInputs",
@@ -88,6 +90,7 @@ __all__ = [
     "SliceResult",
     "StaleSeries",
     "StoredOffset",
+    "Wanting",
     "ask_deliveries",
     "available",
     "claim_deliveries",
@@ -137,11 +140,13 @@ __all__ = [
     "records",
     "regions_of",
     "settle_delivery",
+    "slices_beside",
     "sqlite_file",
     "stale_series",
     "statement_of",
     "store_offsets",
     "trust",
+    "wanting",
     "windows",
     "writing",
 ]
