@@ -55,7 +55,9 @@ class Rules:
         """
         if not settings.rule:
             return cls()
-        return cls(settings.rule, region.from_manifest(manifest.read_manifest(settings.score.model)))
+        return cls(
+            settings.rule, region.from_manifest(manifest.read_manifest(settings.score.model))
+        )
 
     def named(self, name: str) -> Rule | None:
         """Return the rule of a name, None where there is none any more."""

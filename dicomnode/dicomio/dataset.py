@@ -3,6 +3,7 @@
 import math
 import warnings
 import zlib
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
@@ -63,6 +64,45 @@ def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
         raise CorruptObject("breaks off within a sequence") from exc
     except Exception as exc:  # pydicom raises whatever its parsers meet: 8 types in 355 bad files
         raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which object a file holds, and how it is encoded."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+
+
+def identity(path: Path) -> Identity:
+    """Return which object a DICOM Part 10 file holds, of which little is read.
+
+    Raises
+    ------
+    CorruptObject
+        If it is no DICOM file, or does not tell.
+    FileNotFoundError
+        If there is no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            ds = read_partial(file, stop_when=_beyond_identity)
+        if ds.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+            ds = read(path, pixels=False)
+            ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        uids = ds.SOPClassUID, ds.SOPInstanceUID, ds.file_meta.TransferSyntaxUID
+        return Identity(*map(str, uids))
+    except (CorruptObject, FileNotFoundError):
+        raise
+    except InvalidDicomError as exc:
+        raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
+    except Exception as exc:  # as above
+        raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+def _beyond_identity(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return int(tag) > 0x00080018  # SOP Instance UID
 
 
 def inflate(data: bytes | memoryview) -> bytes:

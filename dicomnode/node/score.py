@@ -361,9 +361,7 @@ class ScoreStage:
         os.replace(partial, self._in_flight)
 
 
-def _pixels(
-    spool: Spool, entry: SpooledInstance, frames: list[Read] | DicomError
-) -> Pixels | None:
+def _pixels(spool: Spool, entry: SpooledInstance, frames: list[Read] | DicomError) -> Pixels | None:
     """Return what of an entry is to be held: CT of which something could be read."""
     if isinstance(frames, DicomError) or not any(_is_worth(f.decoded.reason) for f in frames):
         return None

@@ -103,8 +103,8 @@ class SweepStage:
             free_bytes = self.held.free_bytes()
             if free_bytes < self.watermark_bytes:
                 self._told = now
-                extra = {"series": left, "free_bytes": free_bytes}
-                logger.warning("held pixels fill the disk", extra=extra)
+                told = {"series": left, "free_bytes": free_bytes}
+                logger.warning("held pixels fill the disk", extra=told)
         return dropped
 
     def _drop(self, series: HeldSeries) -> bool:

@@ -238,6 +238,13 @@ def matches(session: Session, ids: Sequence[int]) -> list[Match]:
     return [found[id_] for id_ in ids if id_ in found]
 
 
+def match_of(session: Session, series_uid: str) -> Match | None:
+    """Return one Series with its curve, None where it has none."""
+    query = select(SERIES.id).join(COVERAGE, COVERAGE.series_id == SERIES.id)
+    series_id = session.scalar(query.where(SERIES.series_uid == series_uid))
+    return None if series_id is None else matches(session, [series_id])[0]
+
+
 def records(session: Session, ids: Sequence[int]) -> dict[int, Record]:
     """Return what `mining.evaluate` may ask of the Series of these ids."""
     rows = session.execute(
