@@ -1,0 +1,664 @@
+"""Rules: pixels wait until every rule is served, and go when nobody wants them any more."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom import Dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from sqlalchemy import Engine
+
+from dicomnode import rescore, rules, store, weights
+from dicomnode.config import Settings
+from dicomnode.core import region
+from dicomnode.core.region import Limit, Region, Support
+from dicomnode.errors import ConfigError, DicomError, HeldUnavailable, TransientError
+from dicomnode.held import Held
+from dicomnode.model import DeliveryKind, DeliveryState
+from dicomnode.node import serve
+from dicomnode.node.serve import Worker
+from dicomnode.outgoing import Nothing, forward
+from dicomnode.rules import Rules
+from dicomnode.spool import Spool
+from dicomnode.spool.disk import Disk
+from tests.dicom import compress, enhanced_ct, part10
+from tests.integration.test_regions import TABLE
+from tests.integration.test_stages import SERIES, A, B, brightness_bundle, ct_slice
+
+OTHER = "1.2.4"
+ALL = {"name": "all", "when": "slices >= 8", "send_to": "AI"}
+CHEST = {"name": "chest", "when": "covers(chest, 0.5)", "send_to": "AI", "region": "chest"}
+TELL = {"name": "tell", "when": "slices >= 8", "webhook": "http://127.0.0.1:1/told"}
+NEVER = {"name": "never", "when": "slices >= 1000", "send_to": "AI"}
+
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    made = brightness_bundle(tmp_path_factory.mktemp("plain"))
+    folder = tmp_path_factory.mktemp("bundle")
+    weights.save(
+        folder, made.network, name="tabled", spec=made.spec, heights=made.heights, training={},
+        regions=TABLE,
+    )  # fmt: skip
+    return folder
+
+
+class Node:
+    """A spool and a worker that is stepped by hand."""
+
+    def __init__(self, folder: Path, engine: Engine, bundle: Path, database_url: str) -> None:
+        self.folder, self.engine = folder, engine
+        self.values: dict[str, Any] = {
+            "node": {"peers": [{"ae_title": n, "host": "h", "port": 1} for n in ("AI", "AI2")]},
+            "spool": {"path": folder / "spool", "reserve_bytes": 0},
+            "database": {"url": database_url},
+            "score": {"model": bundle, "device": "cpu", "batch": 8},
+            "series": {"quiet_seconds": 0},
+            "keep": {},
+        }
+        self.spool = Spool(folder / "spool")
+        self._worker: Worker | None = None
+
+    def settings(self, *given: dict[str, Any], **keep: Any) -> Settings:
+        if given:
+            self.values["rule"] = given
+        self.values["keep"] |= keep
+        return Settings(**self.values)
+
+    def start(self, *given: dict[str, Any], **keep: Any) -> Worker:
+        """Make a worker, in place of one that there was."""
+        self.stop()
+        self._worker = Worker(self.settings(*given, **keep), self.spool, self.engine)
+        return self._worker
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    @property
+    def worker(self) -> Worker:
+        assert self._worker is not None
+        return self._worker
+
+    def put(self, *datasets: Dataset, association: str = A) -> dict[str, bytes]:
+        """Spool Instances and the end of what brought them; SOP Instance UID -> bytes."""
+        sent = {str(ds.SOPInstanceUID): part10(ds) for ds in datasets}
+        for data in sent.values():
+            self.spool.put(data, association)
+        self.spool.put_event(association, "released")
+        return sent
+
+    def work(self) -> None:
+        """Step until nothing is left to do, and look through held pixels once more."""
+        while self.worker.step():
+            pass
+        self.worker.step()
+
+    def receive(self, *datasets: Dataset, association: str = A) -> dict[str, bytes]:
+        sent = self.put(*datasets, association=association)
+        self.work()
+        return sent
+
+    @property
+    def held(self) -> dict[str, bytes]:
+        """SOP Instance UID -> bytes of all that is held."""
+        files = (self.folder / "spool" / "held").rglob("*.dcm")
+        return {file.stem: file.read_bytes() for file in files}
+
+    def deliveries(self) -> dict[str, store.Delivery]:
+        """Rule -> the delivery that it asked for; there is one Series of each."""
+        with store.reading(self.engine) as session:
+            found = store.list_deliveries(session)
+        assert len({d.what.rule for d in found}) == len(found)
+        return {d.what.rule: d for d in found}
+
+    def make(self, rule: str) -> dict[str, bytes]:
+        """Return SOP Instance UID -> bytes of what a rule sends now."""
+        outgoing = forward.make(self.engine, self.settings(), self.deliveries()[rule])
+        return {out.sop_instance_uid: out.read() for out in outgoing}
+
+    def settle(self, rule: str, state: DeliveryState, at: datetime | None = None) -> None:
+        with store.writing(self.engine) as session:
+            now = at or datetime.now(UTC)
+            assert store.settle_delivery(session, self.deliveries()[rule], state, now)
+
+
+@pytest.fixture
+def node(tmp_path, engine, bundle, database_url, monkeypatch) -> Iterator[Node]:
+    monkeypatch.setattr(serve, "SWEEP_S", 0.0)  # at each step
+    monkeypatch.setattr(serve, "SWEEP_SHARE", 0)
+    node = Node(tmp_path, engine, bundle, database_url)
+    yield node
+    node.stop()
+    node.spool.close()
+
+
+def scan(series_uid: str = SERIES, levels: range = range(12), **values: Any) -> list[Dataset]:
+    return [ct_slice(series_uid, level, **values) for level in levels]
+
+
+# What is asked for, held and sent
+
+
+def test_a_series_that_a_rule_wants_goes_on_as_it_came_and_then_its_pixels_go(node):
+    node.start(ALL)
+    sent = node.receive(*scan())
+    assert node.held == sent
+    (asked,) = node.deliveries().values()
+    assert asked.what == store.Ask(DeliveryKind.FORWARD, "AI", SERIES, rule="all")
+    assert asked.due_at <= datetime.now(UTC)  # nothing is waited for
+    assert node.make("all") == sent
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    assert node.held == {}
+    assert list((node.folder / "spool" / "held").iterdir()) == []
+
+
+def test_a_series_that_no_rule_wants_leaves_nothing(node):
+    node.start(NEVER)
+    node.put(*scan())
+    node.worker.step()
+    assert node.held  # it might be wanted yet
+    node.work()
+    assert node.held == {} and node.deliveries() == {}
+
+
+def test_without_a_rule_that_sends_nothing_is_held(node):
+    node.start(TELL)
+    node.put(*scan())
+    while node.worker.step():
+        assert node.held == {}
+    (asked,) = node.deliveries().values()
+    assert asked.what == store.Ask(DeliveryKind.WEBHOOK, TELL["webhook"], SERIES, rule="tell")
+
+
+def test_what_one_destination_has_stays_for_the_other(node):
+    node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"}, TELL, NEVER)
+    sent = node.receive(*scan())
+    assert set(node.deliveries()) == {"all", "second", "tell"}
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    assert node.held == sent == node.make("second")
+    node.settle("second", DeliveryState.DROPPED)
+    node.work()
+    assert node.held == {}  # whether a webhook was told or not
+
+
+def test_series_that_end_without_a_curve_are_not_kept(node):
+    node.start(ALL)
+    node.put(*scan(levels=range(4)), association=A)  # too few positions
+    node.put(*scan(OTHER, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), association=B)
+    node.worker.step()
+    assert node.held
+    node.work()
+    assert node.held == {} and node.deliveries() == {}
+
+
+def test_a_slice_that_was_set_aside_is_part_of_its_series_and_other_objects_are_not(node):
+    node.start(ALL)
+    scout = ct_slice(SERIES, 15, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    mr = ct_slice(SERIES, 16, Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
+    broken = ct_slice(SERIES, 17, PixelData=b"\0\0")
+    sent = node.receive(*scan(), scout, mr, broken)
+    left_out = {str(mr.SOPInstanceUID), str(broken.SOPInstanceUID)}
+    assert node.make("all") == {uid: sent[uid] for uid in sent.keys() - left_out}
+
+
+@on_sqlite
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, RLELossless, DeflatedExplicitVRLittleEndian])
+def test_each_object_keeps_its_transfer_syntax(node, syntax):
+    node.start(ALL)
+    slices = scan()
+    for ds in slices:
+        if syntax == DeflatedExplicitVRLittleEndian:
+            ds.file_meta.TransferSyntaxUID = syntax
+        else:
+            compress(ds, syntax)
+    sent = node.receive(*slices)
+    made = forward.make(node.engine, node.settings(), node.deliveries()["all"])
+    assert {o.transfer_syntax_uid for o in made} == {syntax}
+    assert {o.sop_class_uid for o in made} == {slices[0].SOPClassUID}
+    assert {o.sop_instance_uid: o.read() for o in made} == sent
+
+
+# A region
+
+
+def heights(uids: Any) -> list[float]:
+    """Body heights of `ct_slice`s, ascending, of their SOP Instance UIDs."""
+    return sorted(5.0 * (int(uid.rpartition(".")[2]) - 1) for uid in uids)
+
+
+def test_the_slices_of_a_region_go_by_themselves(node):
+    """The chest lies from 37.5 to 87.5 mm."""
+    node.start(CHEST, {**CHEST, "name": "wide", "margin_mm": 10.0}, ALL)
+    sent = node.receive(*scan(levels=range(20)))
+    assert heights(node.make("chest")) == [5.0 * n for n in range(8, 18)]
+    assert heights(node.make("wide")) == [5.0 * n for n in range(6, 20)]
+    assert node.make("all") == sent
+    assert all(sent[uid] == data for uid, data in node.make("chest").items())
+    for rule in ("chest", "wide", "all"):
+        assert node.held == sent  # all of it, until all are served
+        node.settle(rule, DeliveryState.DONE)
+        node.work()
+    assert node.held == {}
+
+
+def test_slices_at_one_position_go_together(node):
+    """Of two phases in one Series the curve has one, which is not the one that is wanted."""
+    node.start(CHEST)
+    second = [
+        ct_slice(SERIES, level, SOPInstanceUID=f"{SERIES}.9.{level + 1}") for level in range(20)
+    ]
+    node.receive(*scan(levels=range(20)), *second)
+    assert heights(node.make("chest")) == sorted([5.0 * n for n in range(8, 18)] * 2)
+
+
+def test_an_enhanced_ct_goes_whole(node):
+    node.start({**CHEST, "when": "overlaps(chest)"})
+    halves = [enhanced_ct(scan(levels=levels)) for levels in (range(7), range(7, 20))]
+    sent = node.receive(*halves)
+    assert list(node.make("chest")) == [str(halves[1].SOPInstanceUID)]
+    assert set(node.make("chest").items()) <= set(sent.items())
+
+
+def test_a_region_whose_slices_are_not_held_any_more_is_nothing_to_send(node):
+    node.start(CHEST)
+    node.receive(*scan(levels=range(20)))
+    node.settle("chest", DeliveryState.DONE)
+    node.work()
+    node.receive(ct_slice(SERIES, 20), association=B)  # of the head side, late
+    assert heights(node.held) == [100.0]
+    with pytest.raises(Nothing, match="no slice that is held shows chest"):
+        node.make("chest")
+
+
+@pytest.mark.parametrize("margin_mm", [0.0, 4.0, 25.0])
+@pytest.mark.parametrize("rising", [True, False])
+def test_bounds_are_the_slices_within_the_ends(margin_mm, rising):
+    z_mm = np.arange(0.0, 300.0, 3.0)
+    height_mm = z_mm if rising else z_mm[::-1].copy()
+    chest = next(r for r in TABLE if r.name == "chest")
+    inside = (height_mm >= 37.5 - margin_mm) & (height_mm <= 87.5 + margin_mm)
+    where = np.flatnonzero(inside)
+    assert region.bounds(z_mm, height_mm, chest, margin_mm) == (where[0], where[-1])
+
+
+def test_bounds_hold_a_slice_that_was_read_wrongly_and_none_where_nothing_is_shown():
+    z_mm = np.arange(0.0, 300.0, 3.0)
+    height_mm = z_mm.copy()
+    height_mm[20] = 900.0  # metal
+    chest, head = (next(r for r in TABLE if r.name == n) for n in ("chest", "head"))
+    assert region.bounds(z_mm, height_mm, chest) == (13, 29)
+    assert region.bounds(z_mm, height_mm, head) == (67, 99)  # its upper end is not known
+    assert region.bounds(z_mm[:50], z_mm[:50], head) is None
+    thin = Region("thin", "1", "Thin", *(Limit(Support.LANDMARK, h, 1.0) for h in (10.2, 10.8)))
+    assert region.bounds(z_mm, z_mm, thin) == (3, 3)  # between two slices: the nearer
+
+
+# Late slices, changes, repeats
+
+
+def test_a_late_slice_goes_alone_where_the_rest_is_gone(node):
+    node.start(ALL)
+    node.receive(*scan())
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    late = node.receive(ct_slice(SERIES, 12), association=B)
+    assert node.deliveries()["all"].version == 2
+    assert node.make("all") == node.held == late
+
+
+def test_a_late_slice_goes_with_the_rest_that_waits(node):
+    node.start(ALL)
+    sent = node.receive(*scan())
+    sent |= node.receive(ct_slice(SERIES, 12), association=B)
+    assert node.make("all") == sent
+
+
+def test_while_a_series_arrives_again_nothing_of_it_is_sent(node):
+    node.start(ALL)
+    node.receive(*scan())
+    node.spool.put(part10(ct_slice(SERIES, 12)), B)  # its association goes on
+    node.work()
+    with pytest.raises(TransientError, match="arriving"):
+        node.make("all")
+    assert len(node.held) == 13
+
+
+def test_a_series_that_does_not_meet_the_rule_any_more_is_not_sent(node):
+    node.start({**ALL, "when": "slices < 13"})
+    node.receive(*scan())
+    assert len(node.make("all")) == 12
+    node.receive(ct_slice(SERIES, 12), association=B)
+    with pytest.raises(Nothing, match="does not meet all any more"):
+        node.make("all")
+
+
+def test_what_is_sent_again_unchanged_is_not_asked_for_again_and_does_not_stay(node):
+    node.start(ALL)
+    node.receive(*scan())
+    node.settle("all", DeliveryState.DONE)
+    node.receive(*scan(), association=B)
+    assert node.deliveries()["all"].version == 1
+    assert node.held == {}
+
+
+def test_a_study_whose_uid_was_corrected_goes_under_the_new_one(node):
+    node.start(ALL)
+    node.receive(*scan())
+    sent = node.receive(*scan(StudyInstanceUID="1.2.77"), association=B)
+    assert node.make("all") == sent
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    assert node.held == {}
+
+
+@pytest.mark.parametrize(
+    ("now", "why"),
+    [
+        ({**ALL, "name": "renamed"}, "no rule all"),
+        ({**ALL, "send_to": "AI2"}, "does not send to AI"),
+        ({**ALL, "when": "slices > 50"}, "does not meet all"),
+    ],
+)
+def test_a_rule_that_was_altered_sends_nothing_of_before(node, now, why):
+    node.start(ALL)
+    node.receive(*scan())
+    node.settings(now)
+    with pytest.raises(Nothing, match=why):
+        node.make("all")
+
+
+def test_what_a_rule_of_before_wanted_stays_for_rule_days(node):
+    node.start(ALL)
+    sent = node.receive(*scan())
+    node.start({**ALL, "name": "renamed"})
+    node.work()
+    assert node.held == sent  # a slip of the pen costs nothing
+    node.start(rule_days=0)
+    node.work()
+    assert node.held == {}
+
+
+def test_pixels_that_were_dropped_are_nothing_to_send(node):
+    node.start(ALL)
+    node.receive(*scan())
+    made = forward.make(node.engine, node.settings(), node.deliveries()["all"])
+    Held(node.settings().held_path).drop(f"{SERIES}.0", SERIES)
+    with pytest.raises(Nothing, match="not held any more"):
+        node.make("all")
+    with pytest.raises(DicomError, match="not held any more"):
+        made[0].read()
+
+
+def test_priors_count(node):
+    rule = {**ALL, "when": "prior(within=365d)"}
+    node.start(rule)
+    node.receive(*scan(SERIES, StudyDate="20250601"))
+    assert node.held == {}
+    sent = node.receive(*scan(OTHER, StudyDate="20260301"), association=B)
+    assert node.deliveries()["all"].what.subject == OTHER
+    assert node.make("all") == sent
+
+
+def test_a_rule_finds_what_mining_finds(node):
+    texts = [
+        "covers(chest, 0.4)", "covers(chest, 0.9)", "overlaps(head)", "not overlaps(bladder)",
+        "slices >= 12 and quality > 0.9", "height(10, 50)", "flag = gap", "modality = MR",
+        "manufacturer ~ made", "prior()", "state = curve", "study_date < 2026-02-01",
+    ]  # fmt: skip
+    given = [{"name": f"rule {n}", "when": t, "send_to": "AI"} for n, t in enumerate(texts)]
+    node.start(*given)
+    node.receive(*scan(StudyDate="20250601"))
+    node.receive(*scan(OTHER, range(9, 21), StudyDate="20260301"), association=B)
+    with store.reading(node.engine) as session:
+        asked = {(d.what.rule, d.what.subject) for d in store.list_deliveries(session)}
+        counts = dict((rule.name, n) for rule, n in Rules.of(node.settings()).count(session))
+    for name, count in counts.items():
+        assert count == sum(rule == name for rule, _ in asked), name
+    assert 0 < len(asked) < 2 * len(texts)
+
+
+def test_rescoring_asks_for_nothing(node, bundle, tmp_path):
+    node.start(ALL)
+    node.receive(*scan())
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    node.stop()
+    made = weights.load(bundle)
+    weights.save(
+        tmp_path / "other", made.network, name="other", spec=made.spec, heights=made.heights,
+        training={}, regions=TABLE,
+    )  # fmt: skip
+    node.values["score"]["model"] = tmp_path / "other"
+    node.start(ALL)
+    scorer = node.worker._score.scorer
+    plan = rescore.plan(node.engine, scorer.bundle)
+    assert len(rescore.run(node.engine, scorer, plan.series).rescored) == 1
+    node.work()
+    assert node.deliveries()["all"].state is DeliveryState.DONE
+
+
+# Crashes and disks
+
+
+@pytest.mark.parametrize("between", ["hold and store", "store and remove"])
+def test_a_worker_that_dies_loses_nothing_and_sends_all(node, monkeypatch, between):
+    """The Series says how many Instances it has: its last slice finishes it at once."""
+    node.start(ALL)
+    sent = node.put(*scan(NumberOfSeriesRelatedInstances=12))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any, **others: Any) -> None:
+        raise Killed
+
+    steps = iter([False, True])  # 8 slices, then 4: it dies in the second batch
+    real = (store.record_slices, Spool.remove)
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a, **k: killed() if next(steps, False) else call(*a, **k)
+
+    if between == "hold and store":
+        monkeypatch.setattr(store, "record_slices", dying(real[0]))
+    else:
+        monkeypatch.setattr(Spool, "remove", dying(real[1]))
+    with pytest.raises(Killed):
+        node.work()
+    assert node.held == sent
+    monkeypatch.undo()
+    node.spool.close()
+    node.spool = Spool(node.folder / "spool")
+    asked_with: list[int] = []
+    ask = store.ask_deliveries
+
+    def looked(session: Any, asks: Any, *times: Any) -> None:
+        asked_with.extend(len(node.held) for _ in asks)
+        ask(session, asks, *times)
+
+    monkeypatch.setattr(store, "ask_deliveries", looked)
+    node.start()
+    node.work()
+    assert asked_with == [12]  # never while some were still to be held
+    assert node.make("all") == sent
+
+
+def test_a_worker_that_died_before_the_pixels_went_drops_them_later(node, monkeypatch):
+    monkeypatch.setattr(serve, "SWEEP_S", 1e9)
+    node.start(NEVER)
+    monkeypatch.setattr(node.worker, "_sweep_at", 1e18)
+    node.receive(*scan())
+    assert node.held
+    monkeypatch.setattr(serve, "SWEEP_S", 0.0)
+    node.start()
+    node.work()
+    assert node.held == {}
+
+
+class Full(Disk):
+    """Takes no more of held pixels, until it is told to."""
+
+    number = errno.ENOSPC
+    refuses = ""  # what is in the paths that it refuses
+
+    def create(self, path: Path) -> int:
+        if self.refuses and self.refuses in path.name:
+            raise OSError(self.number, os.strerror(self.number))
+        return super().create(path)
+
+
+def test_a_full_disk_stops_the_worker_until_there_is_room(node):
+    node.start(ALL)
+    disk = Full()
+    node.worker._score.held._disk = disk
+    disk.refuses = "dcm"
+    sent = node.put(*scan())
+    for _ in range(3):
+        with pytest.raises(HeldUnavailable, match="No space left"):
+            node.worker.step()
+    with store.reading(node.engine) as session:
+        assert store.list_series(session) == []
+    disk.refuses = ""
+    node.work()
+    assert node.make("all") == sent
+
+
+def test_what_cannot_be_held_lets_others_pass_and_comes_again(node, caplog):
+    node.start(ALL)
+    disk = Full()
+    node.worker._score.held._disk = disk
+    disk.number, disk.refuses = errno.EACCES, f".{OTHER}.3.dcm"
+    sent = node.put(*scan(OTHER), *scan())
+    node.work()
+    with store.reading(node.engine) as session:
+        states = {row.series_uid: row.received for row in store.list_series(session)}
+    assert states == {SERIES: 12, OTHER: 11}
+    assert "pixels not held" in caplog.text
+    assert node.spool.pending(9) == []  # for now
+    disk.refuses = ""
+    node.spool._stuck.clear()  # the time is over
+    node.work()
+    assert node.held == sent
+    with store.reading(node.engine) as session:
+        assert {d.what.subject for d in store.list_deliveries(session)} == {SERIES, OTHER}
+
+
+def test_a_dead_letter_keeps_its_pixels_for_rule_days(node, caplog):
+    node.start(ALL, rule_days=3)
+    sent = node.receive(*scan())
+    now = datetime.now(UTC)
+    node.settle("all", DeliveryState.FAILED, now - timedelta(days=2.9))
+    node.work()
+    assert node.held == sent
+    node.settle("all", DeliveryState.FAILED, now - timedelta(days=3.1))
+    node.work()
+    assert node.held == {}
+    assert "pixels given up" in caplog.text
+    with pytest.raises(Nothing, match="not held any more"):
+        node.make("all")
+
+
+def test_on_a_disk_that_is_short_dead_letters_go_first_and_nothing_that_waits(node, caplog):
+    node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"})
+    node.receive(*scan())
+    node.settle("all", DeliveryState.FAILED)
+    node.worker._sweep.watermark_bytes = 1 << 62
+    node.work()
+    assert node.held  # the second is still tried
+    assert "held pixels fill the disk" in caplog.text
+    node.settle("second", DeliveryState.FAILED)
+    node.worker._sweep.watermark_bytes = 0
+    node.work()
+    assert node.held
+    node.worker._sweep.watermark_bytes = 1 << 62
+    node.work()
+    assert node.held == {}
+
+
+def test_what_the_database_does_not_know_goes_after_a_day(node):
+    node.start(NEVER)
+    file = node.folder / "spool" / "held" / "1.2.9" / "1.2.10" / "1.2.11.dcm"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"of a database that is gone")
+    node.work()
+    assert node.held
+    yesterday = datetime.now(UTC).timestamp() - 90_000
+    os.utime(file.parent, (yesterday, yesterday))
+    node.work()
+    assert node.held == {}
+
+
+# Kept for good
+
+
+def test_a_folder_for_good_has_every_instance_that_could_be_read(node, tmp_path):
+    node.start(NEVER, dicom_path=tmp_path / "kept")
+    sent = node.receive(*scan(), *scan(OTHER, range(3)), ct_slice(OTHER, 9, PixelData=b"\0\0"))
+    kept = {f.stem: f.read_bytes() for f in (tmp_path / "kept").rglob("*.dcm")}
+    assert kept == {uid: data for uid, data in sent.items() if uid != f"{OTHER}.10"}
+    assert node.held == {}
+    assert {f.parent.relative_to(tmp_path / "kept") for f in (tmp_path / "kept").rglob("*.dcm")} == {
+        Path(f"{SERIES}.0/{SERIES}"), Path(f"{OTHER}.0/{OTHER}")
+    }  # fmt: skip
+
+
+def test_rules_send_from_the_folder_for_good_and_what_lay_elsewhere_before(node, tmp_path):
+    node.start(ALL)
+    sent = node.receive(*scan())
+    node.start(dicom_path=tmp_path / "kept")
+    sent |= node.receive(ct_slice(SERIES, 12), association=B)
+    assert node.make("all") == sent
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    assert node.held == {}
+    assert len(list((tmp_path / "kept").rglob("*.dcm"))) == 1
+
+
+def test_a_folder_for_good_that_cannot_be_made_stops_the_node(node, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"keep.dicom_path: .*Not a directory"):
+        node.start(dicom_path=tmp_path / "file" / "kept")
+
+
+# Rules that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"when": "covers(liver, 0.8) an slices > 3"}, "rule.all.when: "),
+        ({"when": "covers(livre, 0.8)"}, "rule.all.when: no region 'livre'"),
+        ({"when": "slices > lots"}, "rule.all.when: slices is a whole number"),
+        ({"region": "tail"}, "rule.all.region: no region 'tail': the weight bundle has pelvis"),
+    ],
+)
+def test_a_rule_that_cannot_be_read_names_its_key_and_shows_where(node, changes, message):
+    with pytest.raises(ConfigError) as raised:
+        Rules.of(node.settings({**ALL, **changes}))
+    assert str(raised.value).startswith(message)
+    if "when" in changes:
+        first, shown, caret = str(raised.value).splitlines()
+        assert shown.strip() == changes["when"]
+        assert caret.strip() == "^" and caret.index("^") < len(shown)
+    with pytest.raises(ConfigError):
+        node.start()
+
+
+def test_asks_are_one_a_rule():
+    given = Settings(
+        node={"peers": [{"ae_title": "AI", "host": "h", "port": 1}]}, rule=[ALL, TELL]
+    ).rule
+    assert [(a.kind, a.destination, a.rule) for a in rules.asks(SERIES, given)] == [
+        (DeliveryKind.FORWARD, "AI", "all"),
+        (DeliveryKind.WEBHOOK, TELL["webhook"], "tell"),
+    ]
