@@ -13,7 +13,8 @@ from dicomnode import store
 from dicomnode.audit import AuditLog
 from dicomnode.config import Peer, Settings
 from dicomnode.errors import ConfigError, NodeError
-from dicomnode.spool import Spool
+from dicomnode.rules import Rules
+from dicomnode.spool import Disk, Spool
 
 PEER_TIMEOUT_S = 5.0
 
@@ -38,6 +39,9 @@ def run(settings: Settings) -> Iterator[Check]:
     yield _try("database", lambda: _database(settings))
     yield _try("weights", lambda: _weights(settings))
     yield _try("device", lambda: _device(settings))
+    if settings.keep.dicom_path is not None:
+        yield _try("keep", lambda: _keep(settings))
+    yield from _rules(settings)
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
@@ -174,6 +178,35 @@ def _device(settings: Settings) -> str:
     from dicomnode import weights
 
     return str(weights.pick_device(settings.score.device))
+
+
+def _keep(settings: Settings) -> str:
+    folder = settings.keep.dicom_path
+    assert folder is not None  # the caller looked
+    there = next(
+        parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+    )
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise NodeError(f"keep.dicom_path: {there} is no folder to write to")
+    made = "" if there == folder.absolute() else ", to be made by the node"
+    return f"{folder}{made}, {Disk().free_bytes(there) / 1e9:.1f} GB free"
+
+
+def _rules(settings: Settings) -> Iterator[Check]:
+    try:
+        rules = Rules.of(settings)
+    except NodeError as exc:
+        yield Check("rules", False, str(exc))
+        return
+    if not rules.rules:
+        return
+    try:
+        with store.opened(settings.database.url) as engine, store.reading(engine) as session:
+            counts = [f"meets it: {n} of the Series stored" for _, n in rules.count(session)]
+    except NodeError:  # no database yet, or none that answers: that is told above
+        counts = ["it can be read"] * len(rules.rules)
+    for rule, count in zip(rules.rules, counts, strict=True):
+        yield Check(f"rule {rule.name}", True, f"to {rule.send_to or rule.webhook}; {count}")
 
 
 def _echo(peer: Peer, settings: Settings) -> str:

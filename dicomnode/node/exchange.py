@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
+from dicomnode.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,14 @@ def services_of(settings: Settings, engine: Engine) -> Sequence[Service]:
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
-    """Run every service until `stop` is set; errors of the database are waited out."""
+    """Run every service until `stop` is set; errors of the database are waited out.
+
+    Raises
+    ------
+    ConfigError
+        If a rule cannot be read.
+    """
+    Rules.of(settings)
     with contextlib.ExitStack() as stack:
         engine = None
         while engine is None and not stop.is_set():

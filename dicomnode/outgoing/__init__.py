@@ -16,3 +16,7 @@ class Outgoing:
 
 class Nothing(Exception):
     """There is nothing to say any more: a curve or an offset is gone, or refused."""
+
+
+class NotYet(Exception):
+    """It cannot be made now, and nobody is to blame: later, and this was no attempt."""

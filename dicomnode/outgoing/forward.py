@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 from dicomnode import dicomio, store
 from dicomnode.config import Rule, Settings
 from dicomnode.core import geometry, region
-from dicomnode.errors import DicomError, TransientError
+from dicomnode.errors import DicomError
 from dicomnode.held import Held
-from dicomnode.model import SeriesState
 from dicomnode.outgoing import Nothing, Outgoing
-from dicomnode.rules import Rules, region_of
+from dicomnode.outgoing.rule import met
+from dicomnode.rules import region_of
 from dicomnode.store import Delivery, Match
 
 
@@ -30,16 +30,13 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
     Nothing
         If the rule is gone or altered, the Series does not meet it any more, it shows nothing of
         the rule's region, or nothing of it is held any more.
-    TransientError
-        If it is arriving again: once it is finished, it is asked for anew where it still is to go.
+    NotYet
+        If it is arriving again: once it is finished, it is asked for anew where it is to go still.
     DicomError
         If the disk damaged what was held.
     """
-    what = delivery.what
     with store.reading(engine) as session:
         rule, found = met(session, settings, delivery)
-        if rule.send_to != what.destination:
-            raise Nothing(f"the rule {what.rule} does not send to {what.destination} any more")
         wanted = None if rule.region is None else _slices(session, rule, found)
     files = held_of(settings, found.study_uid, found.series_uid)
     if not files:
@@ -48,30 +45,6 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
     if not chosen:
         raise Nothing(f"no slice that is held shows {rule.region}")
     return [_outgoing(files[uid]) for uid in chosen]
-
-
-def met(session: Session, settings: Settings, delivery: Delivery) -> tuple[Rule, Match]:
-    """Return the rule of a delivery and the Series it is about, which still meets it.
-
-    Raises
-    ------
-    Nothing, TransientError
-        As `make` does.
-    """
-    what = delivery.what
-    rules = Rules.of(settings)
-    rule = rules.named(what.rule)
-    if rule is None:
-        raise Nothing(f"there is no rule {what.rule} any more")
-    rows = store.list_series(session, series_uid=what.subject)
-    if not rows:
-        raise Nothing("the Series is not known any more")
-    if rows[0].state is SeriesState.OPEN:
-        raise TransientError("the Series is arriving again")
-    found = store.match_of(session, what.subject)
-    if found is None or rule not in rules.met(session, found.id):
-        raise Nothing(f"the Series does not meet {what.rule} any more")
-    return rule, found
 
 
 def held_of(settings: Settings, study_uid: str, series_uid: str) -> dict[str, Path]:

@@ -59,6 +59,7 @@ from dicomnode.store.search import (
     mining_tables,
     newest_id,
     records,
+    state_of,
     statement_of,
     windows,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "slices_beside",
     "sqlite_file",
     "stale_series",
+    "state_of",
     "statement_of",
     "store_offsets",
     "trust",

@@ -238,6 +238,12 @@ def matches(session: Session, ids: Sequence[int]) -> list[Match]:
     return [found[id_] for id_ in ids if id_ in found]
 
 
+def state_of(session: Session, series_uid: str) -> SeriesState | None:
+    """Return where a Series stands, None where the node does not know it."""
+    state = session.scalar(select(SERIES.state).where(SERIES.series_uid == series_uid))
+    return None if state is None else SeriesState(state)
+
+
 def match_of(session: Session, series_uid: str) -> Match | None:
     """Return one Series with its curve, None where it has none."""
     query = select(SERIES.id).join(COVERAGE, COVERAGE.series_id == SERIES.id)
