@@ -61,6 +61,7 @@ from dicomnode.store.search import (
     windows,
 )
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
+from dicomnode.store.sources import KnownSource, source_of
 from dicomnode.store.values import (
     Claimed,
     FoundPair,
@@ -80,6 +81,7 @@ __all__ = [
     "FoundPair",
     "Histogram",
     "KeptInputs",
+    "KnownSource",
     "Match",
     "OpenSeries",
     "Page",
@@ -137,6 +139,7 @@ __all__ = [
     "records",
     "regions_of",
     "settle_delivery",
+    "source_of",
     "sqlite_file",
     "stale_series",
     "statement_of",
