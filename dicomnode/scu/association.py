@@ -26,6 +26,10 @@ ANSWER_BYTES = 16 << 20
 GRACE_S = 5.0  # how long pynetdicom's own time-outs have before the connection is cut
 
 
+class NothingAccepted(PeerUnavailable):
+    """A peer takes the association, and nothing of what was proposed."""
+
+
 class Link:
     """An established association, and what is asked on it.
 
@@ -184,7 +188,7 @@ def _refused(assoc: Association, peer: Peer, waited: bool) -> PeerUnavailable:
         # PS3.8 Table 9-21
         return PeerUnavailable(f"{where} rejects the association: {answer.reason_str}")
     if answer is not None and answer.result == 0x00:
-        return PeerUnavailable(f"{where} accepts no presentation context")
+        return NothingAccepted(f"{where} accepts no presentation context")
     if waited:
         return PeerUnavailable(f"{where} does not answer the association request")
     return PeerUnavailable(f"{where} aborts or closes instead of answering")
