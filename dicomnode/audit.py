@@ -33,6 +33,7 @@ class Act(Enum):
     # Begin Transferring DICOM Instances; an echo alone is an association too.
     ASSOCIATION_OPENED = ("association opened", "110102", None, "E")
     ASSOCIATION_ENDED = ("association ended", "110104", None, "C")  # DICOM Instances Transferred
+    INSTANCES_SENT = ("instances sent", "110104", None, "R")  # DICOM Instances Transferred
     SERIES_RECEIVED = ("series received", "110103", None, "C")  # DICOM Instances Accessed
     # Security Alert, Node Authentication
     CONNECTION_REFUSED = ("connection refused", "110113", "110126", "E")

@@ -210,28 +210,7 @@ def _rules(settings: Settings) -> Iterator[Check]:
 
 
 def _echo(peer: Peer, settings: Settings) -> str:
-    from pynetdicom import AE, build_context
-    from pynetdicom.sop_class import Verification
+    from dicomnode.scu.association import echo
 
-    ae = AE(settings.node.ae_title)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = PEER_TIMEOUT_S
-    where = f"{peer.host}:{peer.port}"
-    contexts = [build_context(Verification)]
-    tls_args = None
-    if peer.tls:
-        from dicomnode.scp import tls
-
-        context = tls.client_context(settings.tls, peer)
-        tls_args = (context, peer.certificate_name or peer.host)
-    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title, tls_args=tls_args)
-    if not assoc.is_established:
-        raise NodeError(f"no association with {where}")
-    try:
-        if peer.tls and not tls.accepts(peer, tls.certificate_of(assoc.dul.socket.socket)):
-            raise NodeError(f"{where} shows another certificate than node.peers says")
-        status = assoc.send_c_echo()
-        if status.get("Status") != 0x0000:
-            raise NodeError(f"{where} does not answer C-ECHO")
-    finally:
-        assoc.release()
-    return f"{where} answers C-ECHO"
+    echo(settings, peer, PEER_TIMEOUT_S)
+    return f"{peer.host}:{peer.port} answers C-ECHO"

@@ -9,11 +9,13 @@ NodeError
   - StoreUnavailable
   - DeviceUnavailable
   - HeldUnavailable
+  - PeerUnavailable
 + SpoolFull             refuse with 0xA700, sender keeps the object
 + ConfigError           stop at start-up, say which key
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
 + ObjectError           no sound object can say this                -> there is nothing to deliver
++ RegionError           the bundle of a curve knows no such region  -> show it to who asked
 + ExpressionError       a question for Series that cannot be read   -> show it to who asked
 
 Messages name the thing and the value, never a patient attribute.
@@ -73,6 +75,10 @@ class HeldUnavailable(TransientError):
     """The disk of held pixels takes nothing."""
 
 
+class PeerUnavailable(TransientError):
+    """A peer cannot be reached, refuses the association, breaks off, or does not answer."""
+
+
 class SpoolFull(NodeError):
     """The spool has no room: the sender is to keep the object and try again."""
 
@@ -91,6 +97,10 @@ class WeightsError(NodeError):
 
 class ObjectError(NodeError):
     """No sound DICOM object can say this; the message tells what is in its way."""
+
+
+class RegionError(NodeError):
+    """The bundle that made a curve knows no region of that name or code."""
 
 
 class ExpressionError(NodeError):

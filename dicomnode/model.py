@@ -127,6 +127,16 @@ class DeliveryState(StrEnum):
     DROPPED = "dropped"  # when it was due, there was nothing to say any more
 
 
+class Commitment(StrEnum):
+    """Whether a peer committed itself to keep what it was sent (PS3.4 Annex J)."""
+
+    WANTED = "wanted"  # to be asked
+    ASKED = "asked"  # its answer may come on an association of its own
+    COMMITTED = "committed"
+    FAILED = "failed"
+    UNANSWERED = "unanswered"  # given up
+
+
 @dataclass(frozen=True, slots=True)
 class SpooledInstance:
     """One Instance on stable storage: a DICOM Part 10 file with a name of our own making.
@@ -214,6 +224,7 @@ class ScoredSlice:
     frame: int = 1  # counted from 1, as in PS3.3
     frame_of_reference_uid: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
+    sop_class_uid: str = ""  # empty: unknown
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ LAYERS = (
         "scp",
         "held",
         "rules",
+        "scu",
         "outgoing",
     ),
     ("node",),

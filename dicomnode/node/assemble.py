@@ -16,6 +16,7 @@ from dicomnode.audit import Act, AuditLog
 from dicomnode.core import curve
 from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
+from dicomnode.outgoing.asking import Asking
 from dicomnode.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,13 @@ class AssembleStage:
         quiet_seconds: float,
         lost_seconds: float,
         audit: AuditLog | None = None,
+        asking: Asking | None = None,
         rules: Rules | None = None,
     ) -> None:
         self.engine = engine
         self.rules = rules or Rules()
         self.audit = audit or AuditLog(None)
+        self.asking = asking
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
         self.due: datetime | None = None  # when the next open Series will have been quiet
@@ -91,6 +94,8 @@ class AssembleStage:
             met = self.rules.met(session, series.id)
             # Due at once: a Series is one thing, nothing else of its Study is waited for.
             store.ask_deliveries(session, ruling.asks(series.series_uid, met), now, now)
+            if self.asking is not None and isinstance(result, ScoreCurve):
+                self.asking.curve_stored(session, series.series_uid, now)
         logger.info(
             "series finished",
             extra={

@@ -21,6 +21,7 @@ from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
 from dicomnode.held import Held
+from dicomnode.outgoing.asking import Asking
 from dicomnode.rules import Rules
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
@@ -76,8 +77,14 @@ class Worker:
             spool, engine, scorer, issuers, keep_inputs=days > 0, held=self._held
         )
         self._audit = AuditLog(settings.audit_log)
+        asking = Asking(settings)
         self._assemble = AssembleStage(
-            engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit, rules
+            engine,
+            settings.series.quiet_seconds,
+            settings.series.lost_seconds,
+            self._audit,
+            asking,
+            rules,
         )
         # Always: what rules of before left behind is looked after as well.
         self._sweep = SweepStage(
@@ -88,7 +95,7 @@ class Worker:
             settings.refuse_below_bytes,
         )
         self._sweep_at = -math.inf
-        self._align = AlignStage(engine)
+        self._align = AlignStage(engine, asking)
         self._prune = PruneStage(engine, days)
         self._batch = settings.score.batch
         self._assembled_at = self._aligned_at = self._pruned_at = -math.inf

@@ -14,7 +14,7 @@ from dicomnode.core import geometry, region
 from dicomnode.errors import DicomError
 from dicomnode.held import Held
 from dicomnode.outgoing import Nothing, Outgoing
-from dicomnode.outgoing.rule import met
+from dicomnode.outgoing.matched import met
 from dicomnode.rules import region_of
 from dicomnode.store import Delivery, Match
 

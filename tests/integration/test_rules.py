@@ -22,8 +22,7 @@ from dicomnode.held import Held
 from dicomnode.model import DeliveryKind, DeliveryState
 from dicomnode.node import serve
 from dicomnode.node.serve import Worker
-from dicomnode.outgoing import Nothing, NotYet, forward
-from dicomnode.outgoing import rule as notice
+from dicomnode.outgoing import Nothing, NotYet, forward, matched
 from dicomnode.rules import Rules
 from dicomnode.spool import Spool
 from dicomnode.spool.disk import Disk
@@ -698,7 +697,7 @@ def test_asks_are_one_a_rule():
 def test_a_webhook_is_told_what_matched_and_nothing_of_the_patient(node):
     node.start(TELL)
     node.receive(*scan(levels=range(4, 20)))
-    told = notice.make(node.engine, node.settings(), node.deliveries()["tell"])
+    told = matched.make(node.engine, node.settings(), node.deliveries()["tell"])
     shares = {c["region"]: c["fraction"] for c in told.pop("coverage")}
     assert shares == {
         "pelvis": pytest.approx(0.6, abs=0.01), "bladder": 1.0, "chest": pytest.approx(1.0)
@@ -725,4 +724,4 @@ def test_a_webhook_is_not_told_what_is_not_true_any_more(node):
     asked = node.deliveries()["tell"]
     node.receive(ct_slice(SERIES, 12), association=B)
     with pytest.raises(Nothing, match="does not meet the rule tell"):
-        notice.make(node.engine, node.settings(), asked)
+        matched.make(node.engine, node.settings(), asked)
