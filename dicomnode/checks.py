@@ -51,9 +51,14 @@ def run(settings: Settings) -> Iterator[Check]:
 def lines(settings: Settings) -> Iterator[str]:
     """Yield the resolved settings, one a line, passwords left out."""
     for section, values in settings.model_dump(mode="json").items():
-        for key, value in values.items():
-            shown = safe_url(value) if (section, key) == ("database", "url") else value
-            yield f"{section}.{key} = {shown!r}"
+        if isinstance(values, dict):
+            sections = {section: values}
+        else:  # [[rule]], each with a name of its own
+            sections = {f"{section}.{one['name']}": one for one in values}
+        for name, keys in sections.items():
+            for key, value in keys.items():
+                shown = safe_url(value) if (section, key) == ("database", "url") else value
+                yield f"{name}.{key} = {shown!r}"
 
 
 def safe_url(url: str) -> str:
