@@ -207,7 +207,7 @@ def _rules(settings: Settings) -> Iterator[Check]:
         return
     try:
         with store.opened(settings.database.url) as engine, store.reading(engine) as session:
-            counts = [f"meets it: {n} of the Series stored" for _, n in rules.count(session)]
+            counts = [f"it is met by {n} of the Series stored" for _, n in rules.count(session)]
     except NodeError:  # no database yet, or none that answers: that is told above
         counts = ["it can be read"] * len(rules.rules)
     for rule, count in zip(rules.rules, counts, strict=True):

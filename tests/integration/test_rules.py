@@ -13,7 +13,7 @@ from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from sqlalchemy import Engine
 
-from dicomnode import rescore, rules, store, weights
+from dicomnode import checks, rescore, rules, store, weights
 from dicomnode.config import Settings
 from dicomnode.core import region
 from dicomnode.core.region import Limit, Region, Support
@@ -678,6 +678,23 @@ def test_a_rule_that_cannot_be_read_names_its_key_and_shows_where(node, changes,
         assert caret.strip() == "^" and caret.index("^") < len(shown)
     with pytest.raises(ConfigError):
         node.start()
+
+
+@on_sqlite
+def test_check_tries_each_rule_and_counts_what_it_would_find(node, tmp_path):
+    node.start(ALL, NEVER)
+    node.receive(*scan())
+    found = {c.name: c for c in checks._rules(node.settings())}
+    assert all(c.ok for c in found.values())
+    assert found["rule all"].message == "to AI; it is met by 1 of the Series stored"
+    assert found["rule never"].message == "to AI; it is met by 0 of the Series stored"
+    assert "\nrule.all.send_to = 'AI'\n" in "\n".join(checks.lines(node.settings()))
+    node.values["database"] = {"url": f"sqlite:///{tmp_path / 'none.sqlite'}"}
+    assert [c.message for c in checks._rules(node.settings())] == ["to AI; it can be read"] * 2
+    (wrong,) = checks._rules(node.settings({**ALL, "when": "slices >"}))
+    assert not wrong.ok and wrong.message.startswith("rule.all.when: ")
+    kept = checks._keep(node.settings(ALL, dicom_path=tmp_path / "kept"))
+    assert kept.startswith(f"{tmp_path / 'kept'}, to be made by the node, ")
 
 
 def test_asks_are_one_a_rule():
