@@ -313,7 +313,7 @@ class KeepSettings(_Section):
     )
     dicom_path: Path | None = Field(
         default=None,
-        description="Folder in which every Instance that could be read is kept for good, as "
+        description="Folder in which every CT Instance that could be read is kept for good, as "
         "STUDY/SERIES/INSTANCE.dcm by their UIDs. Unset, pixels go once they are scored and every "
         "rule is served.",
     )
@@ -431,6 +431,13 @@ class Settings(BaseSettings):
         for key, title in named:
             if title not in known:
                 raise ValueError(f"{key}: {title} is none of node.peers")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_for_good_lie_elsewhere(self) -> Self:
+        folder = self.keep.dicom_path
+        if folder is not None and folder.resolve().is_relative_to(self.spool.path.resolve()):
+            raise ValueError("keep.dicom_path: what lies within spool.path is not kept for good")
         return self
 
     @property

@@ -294,7 +294,8 @@ def supervise(
     ConfigError
         If a rule cannot be read, or the port is taken.
     """
-    Rules.of(settings)  # before any peer is let in
+    if worker:
+        Rules.of(settings)  # before any peer is let in
     listening = _listen(settings, stop)
     if listening is None:
         return 0

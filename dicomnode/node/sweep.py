@@ -56,7 +56,11 @@ class SweepStage:
 
     def step(self, now: datetime) -> int:
         """Drop all that nobody wants, and return of how many Series that was."""
-        found = list(self.held.series())
+        try:
+            found = list(self.held.series())
+        except OSError as exc:  # in its way alone: what else the worker does goes on
+            logger.warning("pixels not dropped", extra={"reason": exc.strerror})
+            return 0
         if not found:
             return 0
         with store.reading(self.engine) as session:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from pydicom import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from sqlalchemy import Engine
@@ -653,6 +654,28 @@ def test_a_folder_for_good_that_cannot_be_made_stops_the_node(node, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"keep\.dicom_path: "):
         node.start(dicom_path=tmp_path / "file" / "kept")
+
+
+@on_sqlite
+def test_what_is_kept_for_good_lies_where_nothing_is_dropped(node, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "spool")
+    for place in ("spool/held", "spool", "link/held", "spool/../spool/x"):
+        with pytest.raises(
+            ValidationError, match=r"keep\.dicom_path: what lies within spool\.path"
+        ):
+            node.settings(ALL, dicom_path=tmp_path / place)
+
+
+@on_sqlite
+def test_a_folder_that_cannot_be_looked_through_stops_nothing(node, monkeypatch, caplog):
+    def refused(held: Held) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    node.start(ALL)
+    monkeypatch.setattr(Held, "series", refused)
+    sent = node.receive(*scan())
+    assert node.make("all") == sent
+    assert "pixels not dropped" in caplog.text
 
 
 # Rules that cannot be read
