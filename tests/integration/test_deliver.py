@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -18,50 +18,42 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 from pydicom.uid import (
-    Comprehensive3DSRStorage,
     ImplicitVRLittleEndian,
-    SpatialRegistrationStorage,
 )
 from sqlalchemy import Engine, update
 
 from db import schema
 from dicomnode import store
 from dicomnode.config import Settings
-from dicomnode.model import DeliveryKind, DeliveryState, PatientKey, SeriesState
+from dicomnode.model import DeliveryKind, DeliveryState, SeriesState
 from dicomnode.node import deliver
-from dicomnode.node.align import AlignStage
-from dicomnode.node.assemble import AssembleStage
-from dicomnode.node.deliver import Deliver, Strays, ToPeer, backoff
+from dicomnode.node.deliver import Deliver, Strays, backoff
 from dicomnode.outgoing.asking import Asking, destinations
-from dicomnode.scu import association, storage, transport
-from dicomnode.store import Ask, Delivery
+from dicomnode.store import Ask
+from tests.deliveries import (
+    FIXED,
+    MOVING,
+    OURS,
+    PAIR,
+    PATIENT,
+    SETTLE_S,
+    Clock,
+    arrive,
+    deliveries,
+    eventually,
+    every,
+    hurry,
+    settings_for,
+    to_peer,
+    with_bundle,
+)
 from tests.integration.test_outbox import LEASE
-from tests.integration.test_store import MODEL, T0, A, manifest, record, scan, sop_uid
+from tests.integration.test_store import record, scan, sop_uid
 from tests.peers import Archive, accept, archive, listening, read_pdu
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
 
-OURS = (SpatialRegistrationStorage, Comprehensive3DSRStorage)
-FIXED, MOVING = "1.2.2", "1.2.1"  # Series; their Studies end in .0
-PAIR = ("1.2.2.0", "1.2.1.0")
-PATIENT = PatientKey("CANARY-ID", "HOSPITAL")
-SETTLE_S = 60.0
-
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-
-
-class Clock:
-    """The time, which passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = datetime(2026, 1, 5, 9, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def pass_(self, **time: float) -> datetime:
-        self.now += timedelta(**time)
-        return self.now
 
 
 @pytest.fixture
@@ -71,62 +63,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def node(engine) -> Engine:
-    """A database that knows the bundle."""
-    with store.writing(engine) as session:
-        store.record_model(session, MODEL, {**manifest(), "regions": []}, T0)
-    return engine
+    return with_bundle(engine)
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch) -> None:
-    monkeypatch.setattr(association, "ACSE_S", 0.5)
-    monkeypatch.setattr(association, "GRACE_S", 0.5)
-    monkeypatch.setattr(storage, "ANSWER_S", 0.5)
-    monkeypatch.setattr(storage, "STALL_S", 0.5)
-    monkeypatch.setattr(transport, "STALL_S", 0.5)
-
-
-def settings_for(port: int, tmp_path: Path, **more: Any) -> Settings:
-    wanted = {"registration": ["PACS"], "report": ["PACS"], "commitment": False}
-    return Settings(
-        node={"peers": [{"ae_title": "PACS", "host": "127.0.0.1", "port": port}]},
-        spool={"path": tmp_path / "spool"},
-        deliver={**wanted, "settle_seconds": SETTLE_S, **more},
-    )
-
-
-def arrive(
-    engine: Engine, settings: Settings, now: datetime, *series: str, **attributes: Any
-) -> None:
-    """Store the curves of Series and the offsets that follow, as the worker does."""
-    for uid in series:
-        day = 5 if uid.startswith(FIXED) else 4
-        values = {"patient": PATIENT, "study_datetime": datetime(2026, 1, day), **attributes}
-        record(engine, scan(uid, 40, at=now - timedelta(hours=1), **values))
-    with store.writing(engine) as session:
-        store.end_association(session, A, "released")
-    asking = Asking(settings)
-    AssembleStage(engine, 1.0, 600.0, asking=asking).step(now, now)
-    align = AlignStage(engine, asking, clock=lambda: now)
-    while align.step():
-        pass
-
-
-def deliveries(engine: Engine, **filters: Any) -> dict[DeliveryKind, Delivery]:
-    with store.reading(engine) as session:
-        return {d.what.kind: d for d in store.list_deliveries(session, **filters)}
-
-
-def every(engine: Engine) -> list[Delivery]:
-    with store.reading(engine) as session:
-        return store.list_deliveries(session)
-
-
-def to_peer(settings: Settings, engine: Engine, clock: Clock) -> Deliver:
-    peer = settings.peer("PACS")
-    assert peer is not None
-    courier = ToPeer(settings, peer)
-    return Deliver(settings, engine, "PACS", courier, clock=clock, luck=lambda: 0.5)
+    hurry(monkeypatch)
 
 
 # What asks
@@ -540,14 +482,6 @@ commitment = false
 def run_exchange(config: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "dicomnode", "serve", "--only", "exchange"]
     return subprocess.Popen([*command, "--config", str(config)], cwd=Path(__file__).parents[2])
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-    return found
 
 
 @on_sqlite
