@@ -5,6 +5,7 @@ Reads two curves, writes the offset.
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine
@@ -27,9 +28,16 @@ logger = logging.getLogger(__name__)
 class AlignStage:
     """Works off pending pairs, oldest first."""
 
-    def __init__(self, engine: Engine, asking: Asking | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        asking: Asking | None = None,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self.engine = engine
         self.asking = asking
+        self.clock = clock
 
     def step(self) -> int:
         """Store the offsets of some pending pairs, and return how many."""
@@ -43,7 +51,7 @@ class AlignStage:
                 raise
             except Exception:  # one of them: it must not stop the others
                 found = [one for pair in pending for one in _try(session, pair)]
-        now = datetime.now(UTC)
+        now = self.clock()
         with store.writing(self.engine) as session:
             store.store_offsets(session, found, now)
             if self.asking is not None:
