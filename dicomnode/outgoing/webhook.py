@@ -24,6 +24,7 @@ CONNECT_S = 10.0
 STALL_S = 30.0  # without a byte
 TOTAL_S = 60.0  # whatever the server does
 SECRET_BYTES = 16
+LONGEST_S = 3600.0  # that a server may ask to be left alone
 GONE = 410
 SIGNATURE = "Dicomnode-Signature"
 DELIVERY = "Dicomnode-Delivery"
@@ -192,9 +193,9 @@ def _bounded() -> Iterator[Any]:
 
 
 def _seconds(after: str, now: datetime) -> float:
-    """Return what Retry-After says (RFC 9110 10.2.3), 0 where it says nothing."""
+    """Return what Retry-After says (RFC 9110 10.2.3), 0 where it says nothing, an hour at most."""
     try:
-        return max(0.0, float(after))
+        return max(0.0, min(float(after), LONGEST_S))
     except ValueError:
         pass
     try:
@@ -203,4 +204,4 @@ def _seconds(after: str, now: datetime) -> float:
         return 0.0
     if at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
-    return max(0.0, (at - now).total_seconds())
+    return max(0.0, min((at - now).total_seconds(), LONGEST_S))
