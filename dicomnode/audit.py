@@ -39,6 +39,7 @@ class Act(Enum):
     CONNECTION_REFUSED = ("connection refused", "110113", "110126", "E")
     ASSOCIATION_REJECTED = ("association rejected", "110113", "110126", "E")
     LINES_LOST = ("audit lines lost", "110113", None, "E")
+    DROPPED = ("deliveries dropped", "110106", None, "E")
     REQUEUED = ("deliveries requeued", "110106", None, "E")  # Export
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")

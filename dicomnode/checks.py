@@ -217,7 +217,9 @@ def _rules(settings: Settings) -> Iterator[Check]:
     except NodeError:  # no database yet, or none that answers: that is told above
         counts = ["it can be read"] * len(rules.rules)
     for rule, count in zip(rules.rules, counts, strict=True):
-        yield Check(f"rule {rule.name}", True, f"to {rule.send_to or rule.webhook}; {count}")
+        # Of a URL the host alone: the rest may hold a key.
+        to = rule.send_to or urlsplit(rule.webhook or "").netloc
+        yield Check(f"rule {rule.name}", True, f"to {to}; {count}")
 
 
 def _echo(peer: Peer, settings: Settings) -> str:

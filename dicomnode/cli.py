@@ -829,6 +829,33 @@ def requeue(
         _nothing(f"no such delivery: {', '.join(map(str, missing))}" if missing else "none failed")
 
 
+@deliveries.command()
+@click.argument("ids", nargs=-1, type=int)
+@click.option("--all-failed", is_flag=True, help="All that were given up.")
+@_config_option
+@click.pass_obj
+def drop(named: Path | None, ids: tuple[int, ...], all_failed: bool, config: Path | None) -> None:
+    """Let go of what waits or was given up: pixels that only it wanted go with it.
+
+    \b
+    Example:  dicomnode deliveries drop 17 18
+    """
+    from dicomnode import store
+
+    config = config or named  # before `drop`, or behind it
+    if bool(ids) == all_failed:
+        raise click.UsageError("name deliveries by their ids, or --all-failed")
+    with _database(config) as engine, store.writing(engine) as session:
+        dropped = store.drop_deliveries(session, datetime.now(UTC), "by hand", ids or None)
+    _audit(config, Act.DROPPED, deliveries=dropped)
+    missing = sorted(set(ids) - set(dropped))
+    if dropped:
+        click.echo(f"dropped: {', '.join(map(str, dropped))}", err=True)
+    if missing or not dropped:
+        none = f"neither waits nor failed: {', '.join(map(str, missing))}"
+        _nothing(none if missing else "none failed")
+
+
 @main.group()
 def db() -> None:
     """Look after the database."""

@@ -268,6 +268,37 @@ def requeue_deliveries(
     return sorted(session.scalars(statement.returning(schema.Delivery.id)))
 
 
+def drop_deliveries(
+    session: Session, now: datetime, reason: str, ids: Sequence[int] | None = None
+) -> list[int]:
+    """Let go of deliveries that wait or failed; of all that failed where none is named.
+
+    What is being sent goes on: how it went is then not noted any more.
+
+    Returns
+    -------
+    list of int
+        Those that were there, and are dropped now.
+    """
+    open_states = (DeliveryState.WAITING, DeliveryState.FAILED)
+    chosen = (
+        schema.Delivery.state == DeliveryState.FAILED
+        if ids is None
+        else and_(schema.Delivery.id.in_(ids), schema.Delivery.state.in_(open_states))
+    )
+    statement = (
+        update(schema.Delivery)
+        .where(chosen)
+        .values(
+            state=DeliveryState.DROPPED,
+            reason=reason,
+            due_at=now,
+            version=schema.Delivery.version + 1,
+        )
+    )
+    return sorted(session.scalars(statement.returning(schema.Delivery.id)))
+
+
 def count_deliveries(session: Session) -> dict[DeliveryState, int]:
     """Return state -> deliveries."""
     rows = session.execute(

@@ -79,6 +79,19 @@ def test_what_was_given_up_is_queued_again_by_hand(config):
     assert '"deliveries requeued"' in audited
 
 
+def test_what_was_given_up_is_dropped_by_hand(config):
+    (failed,) = listed(config, "--state", "failed")
+    done = run(config, "drop", str(failed["id"]))
+    assert done.exit_code == 0 and str(failed["id"]) in done.stderr
+    (dropped,) = listed(config, "--state", "dropped")
+    assert (dropped["id"], dropped["reason"]) == (failed["id"], "by hand")
+    again = run(config, "drop", str(failed["id"]))
+    assert again.exit_code == 1 and "neither waits nor failed" in again.stderr
+    assert run(config, "drop").exit_code == 2
+    assert run(config, "drop", "--all-failed").exit_code == 1  # none is
+    assert '"deliveries dropped"' in (config.parent / "audit.jsonl").read_text()
+
+
 def settings(tmp_path: Path, port: int, **deliver: Any) -> Settings:
     peer = {"ae_title": "PACS", "host": "127.0.0.1", "port": port}
     return Settings(

@@ -590,6 +590,34 @@ def test_a_dead_letter_keeps_its_pixels_for_rule_days(node, caplog):
         node.make("all")
 
 
+def test_what_is_dropped_by_hand_lets_go_of_its_pixels(node):
+    """Even where it is being sent: how that goes tells nothing any more."""
+    node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"}, TELL)
+    node.receive(*scan())
+    node.settle("second", DeliveryState.FAILED)
+    being_sent = node.deliveries()["all"]
+    ids = {rule: d.id for rule, d in node.deliveries().items()}
+    with store.writing(node.engine) as session:
+        dropped = store.drop_deliveries(session, datetime.now(UTC), "by hand")
+        assert dropped == [ids["second"]]  # of those that failed
+    node.work()
+    assert node.held
+    with store.writing(node.engine) as session:
+        now = datetime.now(UTC)
+        assert store.drop_deliveries(session, now, "by hand", [ids["all"], 99]) == [ids["all"]]
+        assert store.drop_deliveries(session, now, "by hand", [ids["second"]]) == []
+        assert not store.settle_delivery(session, being_sent, DeliveryState.WAITING, now)
+    found = node.deliveries()
+    assert {r: d.state for r, d in found.items()} == {
+        "all": DeliveryState.DROPPED,
+        "second": DeliveryState.DROPPED,
+        "tell": DeliveryState.WAITING,
+    }
+    assert found["all"].reason == "by hand"
+    node.work()
+    assert node.held == {}
+
+
 @on_sqlite
 def test_on_a_disk_that_is_short_dead_letters_go_first_and_nothing_that_waits(node, caplog):
     node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"})
