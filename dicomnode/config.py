@@ -319,6 +319,13 @@ class KeepSettings(_Section):
         "STUDY/SERIES/INSTANCE.dcm by their UIDs. Unset, pixels go once they are scored and every "
         "rule is served.",
     )
+    late_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds from its last slice for which the pixels of a Series stay though no "
+        "rule wants them: with what comes late it may meet one.",
+    )
     rule_days: int = Field(
         default=7,
         ge=0,

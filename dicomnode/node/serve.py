@@ -92,6 +92,7 @@ class Worker:
             Held(settings.held_path),
             [rule.name for rule in rules.rules],
             settings.keep.rule_days,
+            settings.keep.late_seconds,
             settings.refuse_below_bytes,
         )
         self._sweep_at = -math.inf

@@ -4,8 +4,9 @@ Reads what is held and what the database says of it, removes files; the database
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
+from enum import Enum, auto
 
 from sqlalchemy import Engine
 
@@ -35,6 +36,7 @@ class SweepStage:
         held: Held,
         rules: Collection[str],
         rule_days: float,
+        late_seconds: float = 0.0,
         watermark_bytes: int = 0,
     ) -> None:
         """Make a stage.
@@ -45,19 +47,22 @@ class SweepStage:
             Names of the rules that there are: nobody serves the others.
         rule_days
             How long pixels wait for a person once a delivery was given up.
+        late_seconds
+            How long they stay, from the last slice of their Series on, though no rule wants them.
         watermark_bytes
-            Below so many free bytes they do not wait, the oldest first.
+            Below so many free bytes they wait for neither, the oldest first.
         """
         self.engine, self.held = engine, held
         self.rules = frozenset(rules)
         self.age = timedelta(days=rule_days)
+        self.late = timedelta(seconds=late_seconds)
         self.watermark_bytes = watermark_bytes
         self._told: datetime | None = None
 
     def step(self, now: datetime) -> int:
         """Drop all that nobody wants, and return of how many Series that was."""
         try:
-            found = list(self.held.series())
+            found = sorted(self.held.series(), key=lambda series: series.changed_at)
         except OSError as exc:  # in its way alone: what else the worker does goes on
             logger.warning("pixels not dropped", extra={"reason": exc.strerror})
             return 0
@@ -65,51 +70,56 @@ class SweepStage:
             return 0
         with store.reading(self.engine) as session:
             known = store.wanting(session, list({s.series_uid for s in found}))
-        unwanted = [s for s in found if not self._is_wanted(s, known.get(s.series_uid), now)]
-        dropped = sum(self._drop(series) for series in unwanted)
-        gone = set(unwanted)
-        left = [series for series in found if series not in gone]
-        return dropped + self._make_room(left, known, now)
+        kept: dict[_Why, list[HeldSeries]] = {why: [] for why in _Why}
+        dropped = 0
+        for series in found:
+            why = self._why(series, known.get(series.series_uid), now)
+            if why is None:
+                dropped += self._drop(series)
+            else:
+                kept[why].append(series)
+        return dropped + self._make_room(kept, now)
 
-    def _is_wanted(self, held: HeldSeries, wanting: Wanting | None, now: datetime) -> bool:
+    def _why(self, held: HeldSeries, wanting: Wanting | None, now: datetime) -> "_Why | None":
+        """Return why pixels are to stay, None where nobody wants them."""
         if wanting is None:
-            return held.changed_at > now - UNKNOWN
-        if wanting.state is SeriesState.OPEN:
-            return True
-        if any(self._is_served(f) or f.due_at > now - self.age for f in wanting.forwards):
-            return True
+            return _Why.WANTED if held.changed_at > now - UNKNOWN else None
+        if wanting.state is SeriesState.OPEN or any(map(self._is_served, wanting.forwards)):
+            return _Why.WANTED
+        if any(forward.due_at > now - self.age for forward in wanting.forwards):
+            return _Why.GIVEN_UP
+        # Either way: where the clock was set back, they were added in the future.
+        if abs(now - held.changed_at) < self.late:
+            return _Why.LATE
         if wanting.forwards:
-            extra = {"series_uid": held.series_uid, "reason": "rule_days are over"}
-            logger.warning("pixels given up", extra=extra)
-        return False
+            self._tell(held, "rule_days are over")
+        return None
 
     def _is_served(self, forward: Forward) -> bool:
         """Whether it is tried again by itself."""
         return forward.state is DeliveryState.WAITING and forward.rule in self.rules
 
-    def _make_room(
-        self, held: list[HeldSeries], known: Mapping[str, Wanting], now: datetime
-    ) -> int:
-        """Where the disk is short, drop what only a person could still send; return how many."""
+    def _make_room(self, kept: "Mapping[_Why, Sequence[HeldSeries]]", now: datetime) -> int:
+        """Where the disk is short, drop what nobody is served with now; return how many."""
         dropped = 0
-        for series in sorted(held, key=lambda s: s.changed_at):
-            if self.held.free_bytes() >= self.watermark_bytes:
-                return dropped
-            wanting = known.get(series.series_uid)
-            if wanting is None or wanting.state is SeriesState.OPEN:
-                continue
-            if not any(map(self._is_served, wanting.forwards)):
-                extra = {"series_uid": series.series_uid, "reason": "the disk is short"}
-                logger.warning("pixels given up", extra=extra)
+        for why in (_Why.LATE, _Why.GIVEN_UP):
+            for series in kept[why]:
+                if self._has_room():
+                    return dropped
+                if why is _Why.GIVEN_UP:
+                    self._tell(series, "the disk is short")
                 dropped += self._drop(series)
-        left = len(held) - dropped
-        if left and (self._told is None or now > self._told + TELL):
-            free_bytes = self.held.free_bytes()
-            if free_bytes < self.watermark_bytes:
-                self._told = now
-                told = {"series": left, "free_bytes": free_bytes}
-                logger.warning("held pixels fill the disk", extra=told)
+        is_told = self._told is not None and now < self._told + TELL
+        if kept[_Why.WANTED] and not is_told and not self._has_room():
+            self._told = now
+            logger.warning(
+                "held pixels fill the disk",
+                extra={"series": len(kept[_Why.WANTED]), "free_bytes": self.held.free_bytes()},
+            )
         return dropped
+
+    def _has_room(self) -> bool:
+        return self.held.free_bytes() >= self.watermark_bytes
 
     def _drop(self, series: HeldSeries) -> bool:
         try:
@@ -119,3 +129,15 @@ class SweepStage:
             logger.warning("pixels not dropped", extra=extra)
             return False
         return True
+
+    def _tell(self, series: HeldSeries, reason: str) -> None:
+        extra = {"series_uid": series.series_uid, "reason": reason}
+        logger.warning("pixels given up", extra=extra)
+
+
+class _Why(Enum):
+    """Why pixels are to stay."""
+
+    WANTED = auto()  # by a Series that arrives, or by who is served with them
+    GIVEN_UP = auto()  # a person may have them sent still
+    LATE = auto()  # more of the Series may come

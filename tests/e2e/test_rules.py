@@ -19,6 +19,8 @@ from tests.e2e.conftest import Node, Scan, eventually, free_port, scan, send
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 RULES = """
+[keep]
+late_seconds = 3
 [[rule]]
 name = "whole"
 when = "covers(liver, 0.9)"

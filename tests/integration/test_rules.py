@@ -1,7 +1,9 @@
 """Rules: pixels wait until every rule is served, and go when nobody wants them any more."""
 
 import errno
+import itertools
 import os
+import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,6 +34,7 @@ from tests.integration.test_regions import TABLE
 from tests.integration.test_stages import SERIES, A, B, brightness_bundle, ct_slice
 
 OTHER = "1.2.4"
+SEEDS = int(os.environ.get("DICOMNODE_TEST_SOAK", "0")) or 4  # of the test of whatever happens
 ALL = {"name": "all", "when": "slices >= 8", "send_to": "AI"}
 CHEST = {"name": "chest", "when": "covers(chest, 0.5)", "send_to": "AI", "region": "chest"}
 TELL = {"name": "tell", "when": "slices >= 8", "webhook": "http://127.0.0.1:1/told"}
@@ -62,7 +65,7 @@ class Node:
             "database": {"url": database_url},
             "score": {"model": bundle, "device": "cpu", "dtype": "float32", "batch": 8},
             "series": {"quiet_seconds": 0},
-            "keep": {},
+            "keep": {"late_seconds": 0},
         }
         self.spool = Spool(folder / "spool")
         self._worker: Worker | None = None
@@ -326,6 +329,29 @@ def test_a_late_slice_goes_alone_where_the_rest_is_gone(node):
 
 
 @on_sqlite
+def test_a_series_that_comes_in_two_parts_goes_whole(node):
+    """The first part alone meets no rule, for one it has no curve even."""
+    node.start(ALL, {**ALL, "name": "long", "when": "slices >= 14"}, late_seconds=60)
+    sent = node.receive(*scan(levels=range(6)))
+    assert node.deliveries() == {} and node.held == sent
+    sent |= node.receive(*scan(levels=range(6, 12)), association=B)
+    assert node.make("all") == sent
+    node.settle("all", DeliveryState.DONE)
+    node.work()
+    sent |= node.receive(*scan(levels=range(12, 14)), association=B)
+    assert node.make("long") == node.make("all") == sent
+    for rule in ("all", "long"):
+        node.settle(rule, DeliveryState.DONE)
+    node.work()
+    assert node.held == sent
+    (later,) = (
+        s.changed_at + timedelta(seconds=61) for s in Held(node.settings().held_path).series()
+    )
+    node.worker._sweep.step(later)
+    assert node.held == {}
+
+
+@on_sqlite
 def test_a_late_slice_goes_with_the_rest_that_waits(node):
     node.start(ALL)
     sent = node.receive(*scan())
@@ -469,33 +495,34 @@ def test_rescoring_asks_for_nothing(node, bundle, tmp_path):
 # Crashes and disks
 
 
+class Killed(BaseException):
+    """The worker is no more."""
+
+
+def dying(call: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """Return a call that kills in place of what it does, once it was called so often."""
+    calls = itertools.count()
+
+    def called(*arguments: Any, **others: Any) -> Any:
+        if next(calls) == after:
+            raise Killed
+        return call(*arguments, **others)
+
+    return called
+
+
 @on_sqlite
-@pytest.mark.parametrize("between", ["hold and store", "store and remove"])
-def test_a_worker_that_dies_loses_nothing_and_sends_all(node, monkeypatch, between):
+@pytest.mark.parametrize(
+    ("where", "name"), [(Held, "put"), (store, "record_slices"), (Spool, "remove")]
+)
+def test_a_worker_that_dies_loses_nothing_and_sends_all(node, monkeypatch, where, name):
     """The Series says how many Instances it has: its last slice finishes it at once."""
     node.start(ALL)
     sent = node.put(*scan(NumberOfSeriesRelatedInstances=12))
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*arguments: Any, **others: Any) -> None:
-        raise Killed
-
-    steps = iter([False, True])  # 8 slices, then 4: it dies in the second batch
-    real = (store.record_slices, Spool.remove)
-
-    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *a, **k: killed() if next(steps, False) else call(*a, **k)
-
-    if between == "hold and store":
-        monkeypatch.setattr(store, "record_slices", dying(real[0]))
-    else:
-        monkeypatch.setattr(Spool, "remove", dying(real[1]))
-    with pytest.raises(Killed):
-        node.work()
-    assert node.held == sent
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, dying(getattr(where, name), 1))  # in the second batch
+        with pytest.raises(Killed):
+            node.work()
     node.spool.close()
     node.spool = Spool(node.folder / "spool")
     asked_with: list[int] = []
@@ -510,6 +537,71 @@ def test_a_worker_that_dies_loses_nothing_and_sends_all(node, monkeypatch, betwe
     node.work()
     assert asked_with == [12]  # never while some were still to be held
     assert node.make("all") == sent
+
+
+@on_sqlite
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_whatever_happens_all_is_sent_and_nothing_stays(node, monkeypatch, seed):
+    """Slices in any order and number, kills anywhere, a destination that comes and goes."""
+    rng = random.Random(seed)
+    series = [f"1.2.{n}" for n in range(1, 4)]
+    wanted = {uid: scan(uid, range(12)) for uid in series}
+    left = [(uid, ds) for uid, slices in wanted.items() for ds in slices]
+    rng.shuffle(left)
+    got: dict[str, set[bytes]] = {}
+    places = [(Held, "put"), (Held, "drop"), (store, "record_slices"), (store, "ask_deliveries"),
+              (Spool, "remove"), (store, "wanting")]  # fmt: skip
+    node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"}, late_seconds=1000)
+
+    def live(kill: bool) -> None:
+        with monkeypatch.context() as patch:
+            if kill:
+                where, name = rng.choice(places)
+                patch.setattr(where, name, dying(getattr(where, name), rng.randrange(4)))
+            try:
+                node.work()
+                return
+            except Killed:
+                pass
+        node.spool.close()
+        node.spool = Spool(node.folder / "spool")
+        node.start()
+
+    def deliver(share: float) -> None:
+        with store.reading(node.engine) as session:
+            waiting = store.list_deliveries(session, state=DeliveryState.WAITING)
+        for delivery in waiting:
+            if rng.random() > share:
+                continue
+            state = DeliveryState.DONE
+            try:
+                for out in forward.make(node.engine, node.settings(), delivery):
+                    key = f"{delivery.what.rule} {out.sop_instance_uid}"
+                    got.setdefault(key, set()).add(out.read())
+            except Nothing:
+                state = DeliveryState.DROPPED
+            except NotYet:
+                continue
+            with store.writing(node.engine) as session:
+                store.settle_delivery(session, delivery, state, datetime.now(UTC))
+
+    while left:
+        count = rng.randrange(1, 20)
+        node.put(*(ds for _, ds in left[:count]), association=rng.choice([A, B]))
+        left = left[count:]
+        live(kill=rng.random() < 0.6)
+        deliver(rng.random())
+    for _ in range(3):
+        live(kill=False)
+        deliver(1.0)
+    assert got == {
+        f"{rule} {ds.SOPInstanceUID}": {part10(ds)}
+        for rule in ("all", "second") for slices in wanted.values() for ds in slices
+    }  # fmt: skip
+    assert node.spool.pending(1) == []
+    node.start(late_seconds=0)
+    node.work()
+    assert node.held == {}
 
 
 @on_sqlite
@@ -619,7 +711,7 @@ def test_what_is_dropped_by_hand_lets_go_of_its_pixels(node):
 
 
 @on_sqlite
-def test_on_a_disk_that_is_short_dead_letters_go_first_and_nothing_that_waits(node, caplog):
+def test_on_a_disk_that_is_short_dead_letters_go_and_nothing_that_waits(node, monkeypatch, caplog):
     node.start(ALL, {**ALL, "name": "second", "send_to": "AI2"})
     node.receive(*scan())
     node.settle("all", DeliveryState.FAILED)
@@ -629,9 +721,14 @@ def test_on_a_disk_that_is_short_dead_letters_go_first_and_nothing_that_waits(no
     assert "held pixels fill the disk" in caplog.text
     node.settle("second", DeliveryState.FAILED)
     node.worker._sweep.watermark_bytes = 0
+    node.worker._sweep.late = timedelta(hours=1)
+    node.receive(*scan(OTHER, range(3)), association=B)  # that no rule wants
+    assert len(node.held) == 15
+    monkeypatch.setattr(Held, "free_bytes", lambda held: 1000 - sum(1 for _ in held.series()))
+    node.worker._sweep.watermark_bytes = 999
     node.work()
-    assert node.held
-    node.worker._sweep.watermark_bytes = 1 << 62
+    assert len(node.held) == 12  # that goes first
+    node.worker._sweep.watermark_bytes = 1000
     node.work()
     assert node.held == {}
 
