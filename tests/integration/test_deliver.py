@@ -294,8 +294,14 @@ BAD = {
 
 @on_sqlite
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(node, tmp_path, clock, kind, caplog):
+def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(
+    node, tmp_path, clock, kind, caplog, monkeypatch
+):
     bad, reason = BAD[kind]
+    if kind == "hangs":
+        hurry(monkeypatch, accept_s=0.3)
+    if kind == "hangs mid-transfer":
+        hurry(monkeypatch, answer_s=0.3)
     tries: list[datetime] = []
     with bad() as port:
         settings = settings_for(port, tmp_path, report=[], give_up_hours=0.05)
@@ -319,6 +325,7 @@ def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(node, tmp_path, c
         r.getMessage() in ("delivery given up", "deliveries given up") for r in caplog.records
     )
 
+    hurry(monkeypatch)
     with archive(*OURS) as pacs:  # a person repaired it, and says so
         repaired = settings_for(pacs.port, tmp_path, report=[])
         with store.writing(node) as session:
