@@ -377,6 +377,20 @@ def test_an_object_that_a_peer_cannot_bear_comes_behind_the_others(node, tmp_pat
         }
 
 
+def test_a_certificate_that_is_missing_is_repaired_by_hand_too(node, tmp_path, clock):
+    settings = settings_for(104, tmp_path, report=[])
+    arrive(node, settings, clock.now, MOVING, FIXED)
+    with archive(*OURS) as pacs:
+        peer = pacs.peer.model_copy(update={"tls": True})  # and no [tls]
+        with_tls = settings.model_copy(
+            update={"node": settings.node.model_copy(update={"peers": (peer,)})}
+        )
+        to_peer(with_tls, node, clock).step(clock.pass_(seconds=SETTLE_S))
+        found = deliveries(node)[DeliveryKind.REGISTRATION]
+        assert (found.state, found.reason) == (DeliveryState.WAITING, "tls.certificate: missing")
+        assert found.due_at == clock.now + timedelta(seconds=10)
+
+
 def test_a_peer_that_is_down_is_not_called_for_each_delivery(node, tmp_path, clock):
     calls: list[float] = []
 
