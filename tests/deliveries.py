@@ -49,13 +49,13 @@ def with_bundle(engine: Engine) -> Engine:
     return engine
 
 
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a peer that hangs as long as a test may."""
-    monkeypatch.setattr(association, "ACSE_S", 0.5)
+def hurry(monkeypatch: pytest.MonkeyPatch, *, accept_s: float = 8.0, answer_s: float = 8.0) -> None:
+    """Wait for a peer as long as a busy machine needs, or for one that hangs as a test may."""
+    monkeypatch.setattr(association, "ACSE_S", accept_s)
     monkeypatch.setattr(association, "GRACE_S", 0.5)
-    monkeypatch.setattr(storage, "ANSWER_S", 0.5)
-    monkeypatch.setattr(storage, "STALL_S", 0.5)
-    monkeypatch.setattr(transport, "STALL_S", 0.5)
+    monkeypatch.setattr(storage, "ANSWER_S", answer_s)
+    monkeypatch.setattr(storage, "STALL_S", answer_s)
+    monkeypatch.setattr(transport, "STALL_S", answer_s)
 
 
 def settings_for(port: int, tmp_path: Path, **more: Any) -> Settings:

@@ -34,6 +34,7 @@ class Commitments:
     ) -> None:
         self._engine = engine
         self._reports = Reports.of(settings.spool)
+        self._reports.clean()
         self._give_up = timedelta(hours=settings.deliver.give_up_hours)
         self._luck = luck
 

@@ -19,7 +19,13 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.audit import MINOR_FAILURE, SUCCESS, Act, AuditLog
 from dicomnode.config import Peer, Settings
-from dicomnode.errors import ObjectError, PeerUnavailable, StoreUnavailable, TransientError
+from dicomnode.errors import (
+    ConfigError,
+    ObjectError,
+    PeerUnavailable,
+    StoreUnavailable,
+    TransientError,
+)
 from dicomnode.log import Seldom
 from dicomnode.model import Commitment, DeliveryKind, DeliveryState
 from dicomnode.outgoing import (
@@ -82,7 +88,7 @@ class Courier(Protocol):
 
         Raises
         ------
-        TransientError
+        TransientError, ConfigError
             If the destination cannot be had: what is not settled is tried again later.
         """
 
@@ -118,7 +124,7 @@ class Deliver:
             return self._step(now)
         except StoreUnavailable:
             raise
-        except TransientError as exc:
+        except (TransientError, ConfigError) as exc:
             self._pause(exc)
             return 1
 
@@ -135,19 +141,22 @@ class Deliver:
         with work.holding(taken):
             try:
                 self._courier.carry(work, [d for d in taken if not work.put_off(d, now)], now)
-            except TransientError as exc:
-                if not isinstance(exc, StoreUnavailable):
-                    work.leave(self._pause_after(exc), str(exc))
+            except StoreUnavailable:
+                raise
+            except (TransientError, ConfigError) as exc:  # a certificate, or a key, is missing
+                if work.delivered:
+                    self._failures = 0
+                work.leave(self._pause_after(exc), str(exc))
                 raise
         self._failures, self._paused_until = 0, None
         return len(taken)
 
-    def _pause_after(self, exc: TransientError) -> timedelta:
+    def _pause_after(self, exc: Exception) -> timedelta:
         wanted = timedelta(seconds=getattr(exc, "after_s", 0.0))
         pause = max(backoff(self._failures, self.work.luck()), min(wanted, LONGEST))
         return min(pause, max(LONGEST_PAUSE, wanted))
 
-    def _pause(self, exc: TransientError) -> None:
+    def _pause(self, exc: Exception) -> None:
         now = self.work.clock()
         self._paused_until = now + self._pause_after(exc)
         self._failures += 1
@@ -182,6 +191,7 @@ class Work:
         self.clock, self.luck = clock, luck
         self.give_up = timedelta(hours=settings.deliver.give_up_hours)
         self._known = destinations(settings)
+        self.delivered = False  # something of what was taken
         self._open: dict[int, store.Delivery] = {}
         self._lock = threading.Lock()
 
@@ -189,6 +199,7 @@ class Work:
     def holding(self, taken: Sequence[store.Delivery]) -> Iterator[None]:
         """Renew the lease of what was taken until it is settled."""
         self._open = {d.id: d for d in taken}
+        self.delivered = False
         over = threading.Event()
 
         def renew() -> None:
@@ -250,9 +261,10 @@ class Work:
         """Note how an attempt went."""
         with self._lock:
             with store.writing(self.engine) as session:
-                store.settle_delivery(session, delivery, state, self.clock(), **values)
+                noted = store.settle_delivery(session, delivery, state, self.clock(), **values)
             self._open.pop(delivery.id, None)
-        if state is DeliveryState.FAILED:
+        self.delivered |= state is DeliveryState.DONE
+        if noted and state is DeliveryState.FAILED:
             logger.error(
                 "delivery given up",
                 extra={
@@ -314,6 +326,10 @@ class ToPeer:
         if not made:
             return
         everything = [o for _, objects in made for o in objects]
+        if not everything:
+            for delivery, _ in made:
+                work.settle(delivery, DeliveryState.DROPPED)
+            return
         try:
             with associated(work.settings, self.peer, storage_contexts(everything)) as link:
                 for delivery, objects in made:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pynetdicom import Association, _config, build_context, build_role
+from pynetdicom import Association, _config, build_context
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification
 
 from dicomnode.config import Peer, Settings
 from dicomnode.errors import PeerUnavailable
 from dicomnode.scp.connection import shut_down
+from dicomnode.scu.reactor import hold
 from dicomnode.scu.transport import STALL_S, Connection, RequestorAE, connect
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,6 @@ def associated(
     peer: Peer,
     contexts: Sequence[PresentationContext],
     *,
-    as_scp: Sequence[str] = (),
     handlers: Sequence[tuple[Any, ...]] = (),
     acse_s: float | None = None,
 ) -> Iterator[Link]:
@@ -114,8 +114,6 @@ def associated(
         Its AE title is called.
     contexts : sequence of PresentationContext
         What is proposed, 128 at most.
-    as_scp : sequence of str
-        Abstract syntaxes of which we offer to be the SCP too (PS3.7 D.3.3.4).
     handlers : sequence of tuple
         Event and handler, as pynetdicom takes them; they run in another thread.
     acse_s : float
@@ -150,11 +148,11 @@ def associated(
                 port,
                 list(contexts),
                 ae_title=peer.ae_title,
-                ext_neg=[build_role(uid, scp_role=True) for uid in as_scp],
                 evt_handlers=list(handlers),
             )
         if not assoc.is_established:
             raise _refused(assoc, peer, time.monotonic() - asked_at >= acse_s)
+        hold(assoc)
         link = Link(assoc, connection, peer)
         yield link
         if link.is_established:
@@ -208,7 +206,7 @@ def _bounded(connection: Connection, seconds: float, answer_bytes: int) -> Itera
 
 def wait_paused(assoc: Association, seconds: float = STALL_S) -> bool:
     """Keep pynetdicom's thread from taking messages for us; False where it does not let go."""
-    assoc._reactor_checkpoint.clear()
+    assoc._reactor_checkpoint.clear()  # which waits for it, see `reactor`
     deadline = time.monotonic() + seconds
     while not assoc._is_paused and time.monotonic() < deadline:
         time.sleep(0.0002)

@@ -5,6 +5,7 @@ what it spools, before it answers Success; the exchange reads it, and removes it
 database has it.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from dicomnode.errors import CorruptObject, SpoolFull
 from dicomnode.spool.disk import Disk
 
 MAXIMUM = 10_000  # that wait; a peer may send as many as it likes
+HALF_WRITTEN_S = 3600.0
 _SUFFIX = ".json"
 
 
@@ -94,6 +96,13 @@ class Reports:
     def remove(self, path: Path) -> None:
         """Remove a report; after a crash it may come again."""
         self._disk.unlink(path)
+
+    def clean(self) -> None:
+        """Remove what processes that died left half written, an hour ago or more."""
+        for part in self.path.glob(".*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - part.stat().st_mtime > HALF_WRITTEN_S:
+                    self._disk.unlink(part)
 
     def _names(self) -> Iterator[str]:
         try:

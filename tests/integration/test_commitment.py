@@ -415,6 +415,17 @@ def test_a_report_is_synced_before_it_has_its_name(tmp_path):
     assert os.stat(path).st_mode & 0o077 == 0
 
 
+def test_what_was_left_half_written_goes_in_time(tmp_path):
+    reports = Reports(tmp_path)
+    reports.put(REPORT)
+    old, new = (reports.path / f".{name}.json.part" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    reports.clean()
+    assert not old.exists() and new.exists() and len(reports.pending(10)) == 1
+
+
 def test_no_more_reports_wait_than_there_may(tmp_path, monkeypatch):
     monkeypatch.setattr("dicomnode.spool.reports.MAXIMUM", 2)
     reports = Reports(tmp_path)

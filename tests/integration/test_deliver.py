@@ -294,8 +294,14 @@ BAD = {
 
 @on_sqlite
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(node, tmp_path, clock, kind, caplog):
+def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(
+    node, tmp_path, clock, kind, caplog, monkeypatch
+):
     bad, reason = BAD[kind]
+    if kind == "hangs":
+        hurry(monkeypatch, accept_s=0.3)
+    if kind == "hangs mid-transfer":
+        hurry(monkeypatch, answer_s=0.3)
     tries: list[datetime] = []
     with bad() as port:
         settings = settings_for(port, tmp_path, report=[], give_up_hours=0.05)
@@ -319,6 +325,7 @@ def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(node, tmp_path, c
         r.getMessage() in ("delivery given up", "deliveries given up") for r in caplog.records
     )
 
+    hurry(monkeypatch)
     with archive(*OURS) as pacs:  # a person repaired it, and says so
         repaired = settings_for(pacs.port, tmp_path, report=[])
         with store.writing(node) as session:
@@ -368,6 +375,20 @@ def test_an_object_that_a_peer_cannot_bear_comes_behind_the_others(node, tmp_pat
         assert set(pacs.uids) - set(poison) == {
             d.sop_instance_uid for d in every(node) if d.state is DeliveryState.DONE
         }
+
+
+def test_a_certificate_that_is_missing_is_repaired_by_hand_too(node, tmp_path, clock):
+    settings = settings_for(104, tmp_path, report=[])
+    arrive(node, settings, clock.now, MOVING, FIXED)
+    with archive(*OURS) as pacs:
+        peer = pacs.peer.model_copy(update={"tls": True})  # and no [tls]
+        with_tls = settings.model_copy(
+            update={"node": settings.node.model_copy(update={"peers": (peer,)})}
+        )
+        to_peer(with_tls, node, clock).step(clock.pass_(seconds=SETTLE_S))
+        found = deliveries(node)[DeliveryKind.REGISTRATION]
+        assert (found.state, found.reason) == (DeliveryState.WAITING, "tls.certificate: missing")
+        assert found.due_at == clock.now + timedelta(seconds=10)
 
 
 def test_a_peer_that_is_down_is_not_called_for_each_delivery(node, tmp_path, clock):
