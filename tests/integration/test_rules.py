@@ -41,6 +41,7 @@ TELL = {"name": "tell", "when": "slices >= 8", "webhook": "http://127.0.0.1:1/to
 NEVER = {"name": "never", "when": "slices >= 1000", "send_to": "AI"}
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+on_postgres = pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -779,6 +780,21 @@ def test_a_folder_for_good_that_cannot_be_made_stops_the_node(node, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"keep\.dicom_path: "):
         node.start(dicom_path=tmp_path / "file" / "kept")
+
+
+@on_postgres
+def test_two_nodes_at_one_database_send_from_one_folder(node, bundle, database_url, tmp_path):
+    """A Series that comes in on both, in turn: whichever finishes it, all of it is there."""
+    other = Node(tmp_path / "other", node.engine, bundle, database_url)
+    for one in (node, other):
+        one.start(ALL, dicom_path=tmp_path / "kept")
+    slices = scan()
+    sent = node.put(*slices[::2], association=A) | other.put(*slices[1::2], association=B)
+    while sum(one.worker.step() for one in (node, other)):
+        pass
+    assert node.make("all") == other.make("all") == sent
+    other.stop()
+    other.spool.close()
 
 
 @on_sqlite
