@@ -1,6 +1,13 @@
 """The door to DICOM bytes: headers, pixels in HU, and CT series written by our own hand."""
 
-from dicomnode.dicomio.dataset import Identity, header_of, identity, image_hu, read
+from dicomnode.dicomio.dataset import (
+    Identity,
+    header_of,
+    identity,
+    image_hu,
+    read,
+    with_group_length,
+)
 from dicomnode.dicomio.instance import Decoded, decode, find
 from dicomnode.dicomio.write import ct_dataset
 
@@ -14,4 +21,5 @@ __all__ = [
     "identity",
     "image_hu",
     "read",
+    "with_group_length",
 ]

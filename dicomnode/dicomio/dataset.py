@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset, read_partial, read_preamble
@@ -99,6 +99,34 @@ def identity(path: Path) -> Identity:
         raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
     except Exception as exc:  # as above
         raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+def with_group_length(data: bytes) -> bytes:
+    """Return a DICOM Part 10 file whose meta information says how long it is (PS3.10 7.1).
+
+    Some that were written to media leave that out. The data set stays as it is.
+
+    Raises
+    ------
+    CorruptObject
+        If it is no DICOM file.
+    """
+    if data[132:140] == b"\x02\x00\x00\x00UL\x04\x00":
+        return data
+    source, file = BytesIO(data), BytesIO()
+    try:
+        read_preamble(source, False)
+        meta = FileMetaDataset(
+            read_dataset(
+                source, is_implicit_VR=False, is_little_endian=True, stop_when=_beyond_meta
+            )
+        )
+        meta.FileMetaInformationGroupLength = 0  # is worked out
+        file.write(data[:128] + b"DICM")
+        pydicom.filewriter.write_file_meta_info(file, meta, enforce_standard=False)
+    except Exception as exc:  # as above
+        raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+    return file.getvalue() + source.read()
 
 
 def _beyond_identity(tag: BaseTag, vr: str | None, length: int) -> bool:

@@ -25,7 +25,13 @@ from dicomnode import dicomio, store
 from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
 from dicomnode.device import Runner
-from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
+from dicomnode.errors import (
+    CorruptObject,
+    DeviceUnavailable,
+    DicomError,
+    HeldUnavailable,
+    TransientError,
+)
 from dicomnode.held import Held, Pixels
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
 from dicomnode.objects import source
@@ -286,20 +292,26 @@ class ScoreStage:
     ) -> tuple[list[SpooledInstance], list[list[Read] | DicomError]]:
         """Hold the pixels of a batch, and return what of it may be stored: all, or nearly so."""
         pixels = [_pixels(self.spool, *both) for both in zip(entries, read, strict=True)]
-        stored = list(zip(entries, read, strict=True))
+        whole = list(zip(entries, read, strict=True))
         try:
             held.put([one for one in pixels if one is not None])
-        except OSError:
-            stored.clear()
-            for entry, frames, one in zip(entries, read, pixels, strict=True):
-                try:
-                    held.put([one] if one is not None else [])
-                    stored.append((entry, frames))
-                except OSError as exc:
-                    # Others may pass it meanwhile; what is in its way, a person has to see.
-                    self.spool.set_back(entry)
-                    extra = {"file": entry.name, "reason": exc.strerror}
-                    logger.error("pixels not held", extra=extra)
+            return entries, list(read)
+        except OSError as exc:
+            failure = exc
+        failed: list[tuple[SpooledInstance, OSError]] = []
+        for entry, one in zip(entries, pixels, strict=True):
+            try:
+                held.put([one] if one is not None else [])
+            except OSError as exc:
+                failed.append((entry, exc))
+        if len(failed) > 1 and len(failed) == sum(one is not None for one in pixels):
+            raise HeldUnavailable(f"{held.path}: {failure.strerror}")  # it is not these, it is all
+        for entry, exc in failed:
+            # Others may pass it meanwhile; what is in its way, a person has to see.
+            self.spool.set_back(entry)
+            logger.error("pixels not held", extra={"file": entry.name, "reason": exc.strerror})
+        names = {entry.name for entry, _ in failed}
+        stored = [both for both in whole if both[0].name not in names]
         return [entry for entry, _ in stored], [frames for _, frames in stored]
 
     def _read(self, entry: SpooledInstance) -> list[Read] | DicomError:

@@ -97,6 +97,6 @@ def _outgoing(file: Path) -> Outgoing:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return dicomio.with_group_length(file.read_bytes())
     except FileNotFoundError:  # dropped by hand, or rule_days were over
         raise DicomError("its pixels are not held any more") from None

@@ -27,9 +27,10 @@ from dicomnode.node import serve
 from dicomnode.node.serve import Worker
 from dicomnode.outgoing import Nothing, NotYet, forward, matched
 from dicomnode.rules import Rules
+from dicomnode.scu.storage import data_set_of
 from dicomnode.spool import Spool
 from dicomnode.spool.disk import Disk
-from tests.dicom import compress, enhanced_ct, part10
+from tests.dicom import compress, enhanced_ct, part10, without_meta
 from tests.integration.test_regions import TABLE
 from tests.integration.test_stages import SERIES, A, B, brightness_bundle, ct_slice
 
@@ -236,6 +237,22 @@ def test_each_object_keeps_its_transfer_syntax(node, syntax):
     assert {o.transfer_syntax_uid for o in made} == {syntax}
     assert {o.sop_class_uid for o in made} == {slices[0].SOPClassUID}
     assert {o.sop_instance_uid: o.read() for o in made} == sent
+
+
+@on_sqlite
+def test_a_file_without_the_length_of_its_meta_information_goes_all_the_same(node):
+    """From media; what is received has it."""
+    node.start(ALL)
+    whole = {str(ds.SOPInstanceUID): part10(ds) for ds in scan()}
+    for data in whole.values():
+        node.spool.put(data[:132] + data[144:], A)
+    node.spool.put_event(A, "released")
+    node.work()
+    made = node.make("all")
+    assert {uid: bytes(data_set_of(data)) for uid, data in made.items()} == {
+        uid: without_meta(data) for uid, data in whole.items()
+    }
+    assert made == whole
 
 
 # A region
@@ -631,14 +648,16 @@ class Full(Disk):
 
 
 @on_sqlite
-def test_a_full_disk_stops_the_worker_until_there_is_room(node):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_takes_nothing_stops_the_worker_until_it_does(node, number):
     node.start(ALL)
     disk = Full()
+    disk.number = number
     node.worker._score.held._disk = disk
     disk.refuses = "dcm"
     sent = node.put(*scan())
     for _ in range(3):
-        with pytest.raises(HeldUnavailable, match="No space left"):
+        with pytest.raises(HeldUnavailable, match=os.strerror(number)):
             node.worker.step()
     with store.reading(node.engine) as session:
         assert store.list_series(session) == []
