@@ -95,6 +95,7 @@ def test_results_ask_for_what_tells_of_them(node, tmp_path, clock):
     assert pair.version > 1  # the second Series of the Study put it off
 
 
+@on_sqlite
 def test_nothing_is_stored_without_what_it_asks_for(node, tmp_path, clock, monkeypatch):
     settings = settings_for(104, tmp_path)
 
@@ -160,6 +161,7 @@ def sent_again(node: Engine, settings: Settings, clock: Clock, pacs: Archive) ->
     return sorted(pacs.stored[before:])
 
 
+@on_sqlite
 def test_a_repeat_is_the_same_to_the_bit_and_a_revision_another_object(node, tmp_path, clock):
     with archive(*OURS) as pacs:
         settings = settings_for(pacs.port, tmp_path)
@@ -184,6 +186,7 @@ def test_a_repeat_is_the_same_to_the_bit_and_a_revision_another_object(node, tmp
     assert not uids[2] & (uids[0] | uids[1])
 
 
+@on_sqlite
 def test_a_pair_without_an_offset_is_dropped(node, tmp_path, clock):
     with archive(*OURS) as pacs:
         settings = settings_for(pacs.port, tmp_path, report=[])
@@ -211,6 +214,7 @@ def test_a_study_that_still_arrives_is_waited_for(node, tmp_path, clock):
     assert deliveries(node)[DeliveryKind.REGISTRATION].state is DeliveryState.DONE
 
 
+@on_sqlite
 def test_what_is_asked_anew_while_it_is_sent_waits_for_that(node, tmp_path, clock):
     settings = settings_for(104, tmp_path, report=[])
 
@@ -335,6 +339,7 @@ def test_a_bad_peer_is_tried_again_given_up_and_queued_by_hand(
     assert deliveries(node)[DeliveryKind.REGISTRATION].state is DeliveryState.DONE
 
 
+@on_sqlite
 def test_a_refused_object_delays_no_other(node, tmp_path, clock):
     with archive(*OURS) as pacs:
         settings = settings_for(pacs.port, tmp_path, registration=[])
@@ -348,6 +353,7 @@ def test_a_refused_object_delays_no_other(node, tmp_path, clock):
         assert len(pacs.stored) == 2
 
 
+@on_sqlite
 def test_an_object_that_a_peer_cannot_bear_comes_behind_the_others(node, tmp_path, clock):
     # The peer dies of one object, whenever it comes.
     poison: list[str] = []
@@ -377,6 +383,7 @@ def test_an_object_that_a_peer_cannot_bear_comes_behind_the_others(node, tmp_pat
         }
 
 
+@on_sqlite
 def test_a_certificate_that_is_missing_is_repaired_by_hand_too(node, tmp_path, clock):
     settings = settings_for(104, tmp_path, report=[])
     arrive(node, settings, clock.now, MOVING, FIXED)
@@ -391,6 +398,7 @@ def test_a_certificate_that_is_missing_is_repaired_by_hand_too(node, tmp_path, c
         assert found.due_at == clock.now + timedelta(seconds=10)
 
 
+@on_sqlite
 def test_a_peer_that_is_down_is_not_called_for_each_delivery(node, tmp_path, clock):
     calls: list[float] = []
 

@@ -148,6 +148,7 @@ def test_a_webhook_is_told_of_the_offset_of_a_pair_once(node, tmp_path, clock):
     assert {d.state for d in every(node)} == {DeliveryState.DONE}
 
 
+@on_sqlite
 def test_who_listens_can_tell_who_spoke_and_when(node, tmp_path, clock):
     with Hook() as hook:
         settings = told_by(hook.url, tmp_path)
@@ -268,6 +269,7 @@ def test_a_server_that_behaves_badly_costs_little_time(deed, says):
         assert time.monotonic() - start < 4
 
 
+@on_sqlite
 def test_nothing_of_the_path_is_logged(node, tmp_path, clock, caplog):
     caplog.set_level("DEBUG")
     with Hook() as hook:
