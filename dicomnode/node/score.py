@@ -292,7 +292,6 @@ class ScoreStage:
     ) -> tuple[list[SpooledInstance], list[list[Read] | DicomError]]:
         """Hold the pixels of a batch, and return what of it may be stored: all, or nearly so."""
         pixels = [_pixels(self.spool, *both) for both in zip(entries, read, strict=True)]
-        whole = list(zip(entries, read, strict=True))
         try:
             held.put([one for one in pixels if one is not None])
             return entries, list(read)
@@ -306,12 +305,12 @@ class ScoreStage:
                 failed.append((entry, exc))
         if len(failed) > 1 and len(failed) == sum(one is not None for one in pixels):
             raise HeldUnavailable(f"{held.path}: {failure.strerror}")  # it is not these, it is all
-        for entry, exc in failed:
+        for entry, why in failed:
             # Others may pass it meanwhile; what is in its way, a person has to see.
             self.spool.set_back(entry)
-            logger.error("pixels not held", extra={"file": entry.name, "reason": exc.strerror})
+            logger.error("pixels not held", extra={"file": entry.name, "reason": why.strerror})
         names = {entry.name for entry, _ in failed}
-        stored = [both for both in whole if both[0].name not in names]
+        stored = [both for both in zip(entries, read, strict=True) if both[0].name not in names]
         return [entry for entry, _ in stored], [frames for _, frames in stored]
 
     def _read(self, entry: SpooledInstance) -> list[Read] | DicomError:
