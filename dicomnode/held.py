@@ -99,6 +99,20 @@ class Held:
                 raise HeldUnavailable(f"{self.path}: {exc.strerror}") from exc
             raise
 
+    def check(self) -> None:
+        """Return where the disk takes anything: it is then one Series that is in its own way.
+
+        Raises
+        ------
+        HeldUnavailable
+            If it takes nothing.
+        """
+        try:
+            self._write([(self.path / "check", b"check")])
+            self._disk.unlink(self.path / "check")
+        except OSError as exc:
+            raise HeldUnavailable(f"{self.path}: {exc.strerror}") from exc
+
     def instances(self, study_uid: str, series_uid: str) -> dict[str, Path]:
         """Return SOP Instance UID -> file of what is held of a Series.
 

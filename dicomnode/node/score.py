@@ -25,13 +25,7 @@ from dicomnode import dicomio, store
 from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
 from dicomnode.device import Runner
-from dicomnode.errors import (
-    CorruptObject,
-    DeviceUnavailable,
-    DicomError,
-    HeldUnavailable,
-    TransientError,
-)
+from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.held import Held, Pixels
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
 from dicomnode.objects import source
@@ -295,16 +289,14 @@ class ScoreStage:
         try:
             held.put([one for one in pixels if one is not None])
             return entries, list(read)
-        except OSError as exc:
-            failure = exc
+        except OSError:
+            held.check()
         failed: list[tuple[SpooledInstance, OSError]] = []
         for entry, one in zip(entries, pixels, strict=True):
             try:
                 held.put([one] if one is not None else [])
             except OSError as exc:
                 failed.append((entry, exc))
-        if len(failed) > 1 and len(failed) == sum(one is not None for one in pixels):
-            raise HeldUnavailable(f"{held.path}: {failure.strerror}")  # it is not these, it is all
         for entry, why in failed:
             # Others may pass it meanwhile; what is in its way, a person has to see.
             self.spool.set_back(entry)
