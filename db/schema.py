@@ -329,3 +329,86 @@ class Delivery(Base):
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last
     transaction_uid: Mapped[str | None] = mapped_column(UID)  # of Storage Commitment
     commitment: Mapped[str | None] = mapped_column(String(16))  # asked, committed, failed
+
+
+class Inquiry(Base):
+    """A question to a peer: which earlier Studies of a patient, or which Studies of a day it has.
+
+    Of a patient there is one for each Study that asks, written together with the Study's first
+    Series, so that none is forgotten and none asked twice.
+    """
+
+    __tablename__ = "inquiry"
+    __table_args__ = (
+        UniqueConstraint("cause", "peer", "subject", name="uq_inquiry_what"),
+        Index("ix_inquiry_peer_state_due_at", "peer", "state", "due_at"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cause: Mapped[str] = mapped_column(String(16))  # prior, catch_up
+    peer: Mapped[str] = mapped_column(String(64))  # AE title, or name of a DICOMweb server
+    subject: Mapped[str] = mapped_column(UID)  # UID of the Study that asks, or day as 20260131
+    version: Mapped[int]  # how often it was asked for
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]  # since it was last asked for
+    asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    due_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    reason: Mapped[str | None] = mapped_column(Text)  # no patient attribute
+    studies: Mapped[int | None]  # of the answer, those that were wanted
+    series: Mapped[int | None]  # that were asked for because of it
+
+
+class Fetch(Base):
+    """A Series that a peer is asked for: one row, whatever asks for it.
+
+    It is there before the Series is asked for: a Study with a row as a prior is known to have come
+    by our own asking, and asks for nothing itself.
+    """
+
+    __tablename__ = "fetch"
+    __table_args__ = (
+        Index("ix_fetch_peer_state_due_at", "peer", "state", "due_at"),
+        Index("ix_fetch_study_uid", "study_uid"),
+        Index("ix_fetch_asked_by", "asked_by"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    series_uid: Mapped[str] = mapped_column(UID, unique=True)
+    study_uid: Mapped[str] = mapped_column(UID)
+    peer: Mapped[str] = mapped_column(String(64))
+    cause: Mapped[str] = mapped_column(String(16))
+    asked_by: Mapped[str] = mapped_column(UID)  # the Study that asks; the day, of catching up
+    study_date: Mapped[str] = mapped_column(String(8))  # as the peer answered, YYYYMMDD, or empty
+    expected: Mapped[int | None]  # NumberOfSeriesRelatedInstances, as the peer answered last
+    version: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]
+    asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    due_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    reason: Mapped[str | None] = mapped_column(Text)
+    # Of the last attempt: sub-operations of the C-MOVE, or Instances by DICOMweb.
+    completed: Mapped[int | None]
+    failed: Mapped[int | None]
+    warning: Mapped[int | None]
+
+
+class Turn(Base):
+    """When a peer may be asked for something again, by whichever process."""
+
+    __tablename__ = "turn"
+
+    peer: Mapped[str] = mapped_column(String(64), primary_key=True)
+    next_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    failures: Mapped[int]  # in a row, to reach it at all
+    reason: Mapped[str | None] = mapped_column(Text)  # of the last of them
+
+
+class Heartbeat(Base):
+    """When a part of the node was last known to be up."""
+
+    __tablename__ = "heartbeat"
+
+    part: Mapped[str] = mapped_column(String(32), primary_key=True)
+    at: Mapped[datetime] = mapped_column(UTCDateTime)

@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -378,6 +379,157 @@ class Rule(_Section):
         return self
 
 
+def hours_of_day(text: str) -> tuple[time, time] | None:
+    """Return beginning and end of hours of the day, as "18:00-06:00"; None of an empty text.
+
+    Raises
+    ------
+    ValueError
+        If the text is anything else, or both are the same.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text)
+    if found is None:
+        raise ValueError('hours are written as "18:00-06:00"')
+    h1, m1, h2, m2 = map(int, found.groups())
+    begin, end = time(h1, m1), time(h2, m2)  # ValueError: no such time
+    if begin == end:
+        raise ValueError("hours begin and end at different times; empty: always")
+    return begin, end
+
+
+def _hours(value: str) -> str:
+    hours_of_day(value)
+    return value
+
+
+class DICOMwebServer(_Section):
+    """A DICOMweb server that is asked for earlier CT (PS3.18)."""
+
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Name of the server, under which what it is asked for is listed.",
+    )
+    url: WebAddress = Field(description="Base URL: what comes before /studies.")
+    token_file: Path | None = Field(default=None, description="File of a bearer token.")
+    user: str | None = Field(default=None, description="User name, of HTTP Basic.")
+    password_file: Path | None = Field(default=None, description="File of that user's password.")
+    ca_file: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities that issued the server's certificate, where they "
+        "are not those of this machine.",
+    )
+
+    @model_validator(mode="after")
+    def _identifies_one_way(self) -> Self:
+        if (self.user is None) != (self.password_file is None):
+            raise ValueError("user and password_file go together")
+        if self.user is not None and self.token_file is not None:
+            raise ValueError("either token_file, or user and password_file")
+        return self
+
+
+class PriorsSettings(_Section):
+    """Earlier CT, and what a forward missed, that is asked of others; off unless one is named."""
+
+    peers: tuple[AETitle, ...] = Field(
+        default=(), description="Peers that are asked for earlier CT of the patient of a new Study."
+    )
+    # NoDecode: a malformed list in the environment is then reported under `priors.dicomweb`.
+    dicomweb: Annotated[tuple[DICOMwebServer, ...], NoDecode] = Field(
+        default=(), description="DICOMweb servers that are asked likewise."
+    )
+    catch_up: tuple[str, ...] = Field(
+        default=(),
+        description="Those of both kinds, by AE title or name, that are asked for all CT of the "
+        "days in which the node was down, and of today and yesterday. For a PACS that forwards "
+        "every CT to the node: what it keeps to itself on purpose would come as well.",
+    )
+    count: int = Field(
+        default=3, ge=1, le=1000, description="Earlier Studies of a patient, the newest ones."
+    )
+    years: float = Field(
+        default=10.0,
+        gt=0,
+        le=200,
+        description="Years before the new Study, beyond which none is asked for.",
+    )
+    recent_days: int = Field(
+        default=30,
+        ge=0,
+        le=36_500,
+        description="Days after its Study Date for which a Study that arrives counts as new, and "
+        "asks for earlier ones; 0: whatever its age.",
+    )
+    hours: Annotated[str, AfterValidator(_hours)] = Field(
+        default="",
+        description='Hours of the day, local time, in which priors are asked for, as "18:00-06:00";'
+        " empty: always. Catching up does not wait for them.",
+    )
+    per_minute: float = Field(
+        default=20.0,
+        gt=0,
+        le=6000,
+        description="Requests a minute to each of them at most: a question about a patient or a "
+        "day is one, and so is each Series.",
+    )
+    minimum_instances: int = Field(
+        default=10,
+        ge=1,
+        description="A Series of fewer Instances is not asked for: localizers; but in a Study with "
+        "Enhanced CT all are.",
+    )
+    issuer: Literal["when_given", "required"] = Field(
+        default="when_given",
+        description="Whether a Study that is answered without Issuer of Patient ID is taken for "
+        'the patient\'s ("when_given") or not ("required"). One with another issuer never is.',
+    )
+    settle_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        description="Seconds for which a Series must be missing here, and unchanged there, before "
+        "catching up asks for it; and without a new Instance, before any Series counts as left "
+        "incomplete.",
+    )
+    catch_up_hours: float = Field(
+        default=72.0,
+        gt=0,
+        le=24 * 366,
+        description="Hours of down time that are caught up with at most.",
+    )
+    catch_up_minutes: float = Field(
+        default=15.0,
+        gt=0,
+        le=24 * 60,
+        description="Minutes between questions for what was missed today and yesterday.",
+    )
+    give_up_hours: float = Field(
+        default=72.0,
+        gt=0,
+        le=24 * 366,
+        description="Hours after which what never succeeded is given up.",
+    )
+
+    @field_validator("dicomweb", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whom a new Study is asked of."""
+        return self.peers + tuple(server.name for server in self.dicomweb)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Everybody who is asked for anything, each once."""
+        return tuple(dict.fromkeys(self.names + self.catch_up))
+
+
 class Settings(BaseSettings):
     """Every setting of the node. Build it with `load`."""
 
@@ -393,6 +545,7 @@ class Settings(BaseSettings):
     series: SeriesSettings = SeriesSettings()
     keep: KeepSettings = KeepSettings()
     deliver: DeliverSettings = DeliverSettings()
+    priors: PriorsSettings = PriorsSettings()
     rule: Annotated[tuple[Rule, ...], NoDecode] = ()
 
     @field_validator("rule", mode="before")
@@ -420,11 +573,36 @@ class Settings(BaseSettings):
                 raise ValueError(f"{key}: {title} is none of node.peers")
         return self
 
+    @model_validator(mode="after")
+    def _priors_can_come(self) -> Self:
+        names = self.priors.names
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"priors: {name} is named twice")
+        servers = {server.name for server in self.priors.dicomweb}
+        if both := servers & {peer.ae_title for peer in self.node.peers}:
+            raise ValueError(f"priors.dicomweb: {min(both)} is an AE title of node.peers already")
+        for key, titles in (("peers", self.priors.peers), ("catch_up", self.priors.catch_up)):
+            for title in titles:
+                if title in servers:
+                    continue
+                peer = self.peer(title)
+                if peer is None:
+                    also = ", and no name of priors.dicomweb" if key == "catch_up" else ""
+                    raise ValueError(f"priors.{key}: {title} is none of node.peers{also}")
+                if not peer.calling:
+                    raise ValueError(
+                        f"priors.{key}: {title} has calling = false in node.peers, and could not "
+                        "send what it is asked for"
+                    )
+        return self
+
     @property
     def exchanges(self) -> bool:
         """Whether there is anything for the part that talks to peers by itself."""
         deliver = self.deliver
-        return bool(deliver.registration or deliver.report or deliver.webhooks or self.rule)
+        results = deliver.registration or deliver.report or deliver.webhooks or self.rule
+        return bool(results or self.priors.asked)
 
     def peer(self, ae_title: str) -> Peer | None:
         """Return the peer of an AE title, None where there is none any more."""

@@ -127,6 +127,22 @@ class DeliveryState(StrEnum):
     DROPPED = "dropped"  # when it was due, there was nothing to say any more
 
 
+class FetchCause(StrEnum):
+    """Why a peer is asked for a Series."""
+
+    PRIOR = "prior"  # it is of an earlier Study of the patient of a new one
+    CATCH_UP = "catch_up"  # the peer has it, and it never came
+
+
+class FetchState(StrEnum):
+    """Where a question to a peer, or a Series it is asked for, stands."""
+
+    WAITING = "waiting"  # for its time, or for the next attempt
+    DONE = "done"
+    FAILED = "failed"  # given up; a person should look, and may queue it again
+    DROPPED = "dropped"  # when it was due, it was here already, or could not be asked
+
+
 @dataclass(frozen=True, slots=True)
 class SpooledInstance:
     """One Instance on stable storage: a DICOM Part 10 file with a name of our own making.
