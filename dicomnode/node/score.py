@@ -109,8 +109,10 @@ class ScoreStage:
         default_issuers: Mapping[str, str] | None = None,
         threads: int | None = None,
         keep_inputs: bool = True,
+        priors: store.AskPriors | None = None,
     ) -> None:
         self.spool, self.engine, self.scorer = spool, engine, scorer
+        self.priors = priors
         self.keep_inputs = keep_inputs
         self.default_issuers = dict(default_issuers or {})
         # Decoding is parallel by slice; matrix products that fork threads of their own inside
@@ -256,7 +258,7 @@ class ScoreStage:
                 if frame.decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series
             ]
         with store.writing(self.engine) as session:
-            store.record_slices(session, self.scorer.bundle.digest, results)
+            store.record_slices(session, self.scorer.bundle.digest, results, self.priors)
             for entry, reason, detail in aside:
                 store.record_quarantined(session, entry.name, reason, detail, entry.arrived_at)
         for entry, reason, _ in aside:

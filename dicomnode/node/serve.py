@@ -64,7 +64,10 @@ class Worker:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
             stale = store.count_stale(session, bundle.digest)
         days = settings.keep.previews_days
-        self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
+        priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
+        self._score = ScoreStage(
+            spool, engine, scorer, issuers, keep_inputs=days > 0, priors=priors
+        )
         self._audit = AuditLog(settings.audit_log)
         self._assemble = AssembleStage(
             engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit

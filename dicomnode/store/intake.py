@@ -10,8 +10,17 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, u
 from sqlalchemy.orm import Session
 
 from db import schema
-from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
+from dicomnode.model import (
+    Evidence,
+    PatientKey,
+    Reason,
+    Refusal,
+    ScoreCurve,
+    SeriesState,
+    SliceHeader,
+)
 from dicomnode.store.coverage import store_coverage
+from dicomnode.store.fetches import AskPriors, ask_priors, expected_of
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
 from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
@@ -40,16 +49,22 @@ def record_model(session: Session, digest: str, manifest: dict[str, Any], now: d
     session.execute(insert(session, schema.Model).values(values).on_conflict_do_nothing())
 
 
-def record_slices(session: Session, model: str, results: Sequence[SliceResult]) -> None:
+def record_slices(
+    session: Session,
+    model: str,
+    results: Sequence[SliceResult],
+    priors: AskPriors | None = None,
+) -> None:
     """Store a batch of slices of any Series; a repeat stores the same rows again.
 
-    A slice that its finished Series does not know yet reopens it.
+    A slice that its finished Series does not know yet reopens it. The first CT of a Study asks for
+    earlier ones, where `priors` says whom.
     """
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
-        _record_series(session, model, by_series[series_uid])
+        _record_series(session, model, by_series[series_uid], priors)
 
 
 def end_association(session: Session, association_id: str, kind: str) -> None:
@@ -220,12 +235,14 @@ def finish_series(
     return ask_offsets(session, series, outcome.model)
 
 
-def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
+def _record_series(
+    session: Session, model: str, results: list[SliceResult], priors: AskPriors | None
+) -> None:
     # Who the patient is, a sound slice says rather than a damaged one.
     sound = [r for r in results if r.score is not None]
     newest = (sound or results)[-1]
     header, patient = newest.header, newest.header.patient
-    series = _series_for_update(session, header, results[0].arrived_at)
+    series, is_new = _series_for_update(session, header, results[0].arrived_at)
     moved = bool(sound) and (
         (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid)
         # A sender that does not name the issuer does not take it away.
@@ -253,6 +270,11 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
             series.expected = r.header.expected_instances
     if series.modality != "CT" and any(r.header.modality == "CT" for r in results):
         series.modality = "CT"  # something else shares the Series: the CT names it
+        is_new = True
+    if priors and (is_new or moved) and series.modality == "CT":
+        key = PatientKey(series.patient_id, series.issuer)
+        at = newest.arrived_at
+        ask_priors(session, priors, series.study_uid, key, series.study_datetime, at, anew=moved)
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
     refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
     upsert(session, schema.Slice, scored)
@@ -273,7 +295,10 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     )
 
 
-def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:
+def _series_for_update(
+    session: Session, header: SliceHeader, now: datetime
+) -> tuple[schema.Series, bool]:
+    """Return the row of a Series, locked, and whether it was made just now."""
     query = (
         select(schema.Series)
         .where(schema.Series.series_uid == header.series_uid)
@@ -281,8 +306,8 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
         .execution_options(populate_existing=True)
     )
     if (known := session.scalars(query).one_or_none()) is not None:
-        return known
-    session.execute(
+        return known, False
+    made = session.execute(
         insert(session, schema.Series)
         .values(
             series_uid=header.series_uid,
@@ -296,13 +321,16 @@ def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> 
             state=SeriesState.OPEN,
             revision=0,
             received=0,
+            expected=expected_of(session, header.series_uid),
             set_aside={},
             first_arrival_at=now,
             last_arrival_at=now,
         )
         .on_conflict_do_nothing()
+        .returning(schema.Series.id)
     )
-    return session.scalars(query).one()
+    is_new = made.scalar() is not None
+    return session.scalars(query).one(), is_new
 
 
 def _known_slices(session: Session, series: schema.Series) -> dict[tuple[str, int], _Known]:
