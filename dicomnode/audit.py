@@ -39,6 +39,7 @@ class Act(Enum):
     ASSOCIATION_REJECTED = ("association rejected", "110113", "110126", "E")
     LINES_LOST = ("audit lines lost", "110113", None, "E")
     QUERY = ("query", "110112", None, "E")
+    RETRIEVE = ("retrieve", "110104", None, "C")  # DICOM Instances Transferred
     IMPORT = ("import", "110107", None, "C")
 
     def __init__(self, event: str, code: str, type_code: str | None, action: str) -> None:

@@ -9,6 +9,7 @@ NodeError
   - StoreUnavailable
   - DeviceUnavailable
   - PeerUnavailable
++ PeerRefused           a peer answers that it does not do this     -> retry, tell the operator
 + SpoolFull             refuse with 0xA700, sender keeps the object
 + ConfigError           stop at start-up, say which key
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
@@ -71,6 +72,10 @@ class DeviceUnavailable(TransientError):
 
 class PeerUnavailable(TransientError):
     """A peer cannot be reached, refuses the association, breaks off, or does not answer."""
+
+
+class PeerRefused(NodeError):
+    """A peer that can be reached does not do what it is asked for; other things it may do."""
 
 
 class SpoolFull(NodeError):

@@ -18,6 +18,8 @@ _LIBRARIES = {
     "pynetdicom": logging.WARNING,
     "pydicom": logging.ERROR,
     "alembic": logging.WARNING,  # a dozen lines about itself at each start
+    "httpx": logging.WARNING,  # at INFO each URL, which may name a patient
+    "httpcore": logging.WARNING,
 }
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
