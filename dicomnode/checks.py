@@ -42,6 +42,8 @@ def run(settings: Settings) -> Iterator[Check]:
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
         yield _try(f"peer {peer.ae_title}", lambda p=peer: _echo(p, settings))  # type: ignore[misc]
+    for name in settings.priors.asked:
+        yield _try(f"priors {name}", lambda n=name: _priors(n, settings))  # type: ignore[misc]
 
 
 def lines(settings: Settings) -> Iterator[str]:
@@ -181,3 +183,11 @@ def _echo(peer: Peer, settings: Settings) -> str:
 
     echo(settings, peer, PEER_TIMEOUT_S)
     return f"{peer.host}:{peer.port} answers C-ECHO"
+
+
+def _priors(name: str, settings: Settings) -> str:
+    from dicomnode.scu.archive import archive_of
+
+    message = archive_of(settings, name).check()
+    hours = f", from {settings.priors.hours}" if settings.priors.hours else ""
+    return f"{message}; {settings.priors.per_minute:g} requests a minute at most{hours}"

@@ -28,7 +28,7 @@ from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
 from dicomnode.errors import ConfigError, ExpressionError, NodeError, ObjectError, WeightsError
-from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
+from dicomnode.model import FetchState, Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -457,6 +457,73 @@ def series(
         click.echo(f"{sum(quarantined.values())} files in quarantine: {detail}", err=True)
     if not rows:
         _nothing("no such Series")
+
+
+@main.command()
+@click.option("--state", type=click.Choice([s.value for s in FetchState]))
+@click.option("--peer", help="AE title, or name of a DICOMweb server.")
+@click.option(
+    "--requeue",
+    multiple=True,
+    metavar="UID",
+    help="Queue again what was given up: UID of a Series or Study, or all.",
+)
+@click.option("--limit", default=200, show_default=True)
+@_config_option
+@_json_option
+def fetches(
+    state: str | None,
+    peer: str | None,
+    requeue: tuple[str, ...],
+    limit: int,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """List what peers are asked for, the newest first: priors, and what a forward missed.
+
+    First the questions, by the Study that asks or the day, then the Series that follow from them.
+
+    \b
+    Example:  dicomnode fetches --state failed
+              dicomnode fetches --requeue all
+    """
+    from dicomnode import present, store
+
+    with _database(config) as engine:
+        if requeue:
+            uids = () if "all" in requeue else requeue
+            with store.writing(engine) as session:
+                count = store.requeue_fetches(session, datetime.now(UTC), uids)
+            click.echo(f"{count} queued again", err=True)
+            if not count:
+                _nothing("nothing of that was given up")
+            return
+        chosen = FetchState(state) if state else None
+        with store.reading(engine) as session:
+            inquiries = store.list_inquiries(session, state=chosen, peer=peer, limit=limit)
+            found = store.list_fetches(session, state=chosen, peer=peer, limit=limit)
+            turns = [turn for turn in store.list_turns(session) if turn.failures]
+    if as_json:
+        _print_json(
+            {
+                "inquiries": [present.inquiry_json(i) for i in inquiries],
+                "series": [present.fetch_json(f) for f in found],
+                "away": [asdict(turn) for turn in turns],
+            }
+        )
+    else:
+        if inquiries:
+            _console().print(present.inquiry_table(inquiries))
+        if found:
+            _console().print(present.fetch_table(found))
+    for turn in turns:
+        click.echo(
+            f"{turn.peer} is away, and is asked again at {turn.next_at:%Y-%m-%d %H:%M:%S} UTC: "
+            f"{turn.reason}",
+            err=True,
+        )
+    if not inquiries and not found:
+        _nothing("no peer was asked for such")
 
 
 @main.command()

@@ -13,7 +13,7 @@ from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
 from dicomnode.spool.survey import Part
-from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
+from dicomnode.store import Fetch, Histogram, Inquiry, Match, SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
 
@@ -180,6 +180,44 @@ def spool_table(parts: Sequence[Part]) -> Table:
             f"{part.waiting_bytes / 1e6:.1f}",
             f"{part.oldest:%Y-%m-%d %H:%M:%S} UTC" if part.oldest else "",
         )
+    return table
+
+
+def inquiry_json(inquiry: Inquiry) -> JSON:
+    """Return a question to a peer, and how it stands."""
+    return asdict(inquiry)
+
+
+def fetch_json(fetch: Fetch) -> JSON:
+    """Return a Series that a peer is asked for, and how that stands."""
+    values = asdict(fetch)
+    return {"id": values.pop("id"), **values.pop("what"), **values}
+
+
+def inquiry_table(inquiries: Sequence[Inquiry]) -> Table:
+    """Return a table with a row for each question to a peer."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("peer", "asks for", "of", "state", "attempts", "studies", "series", "reason"):
+        table.add_column(column, justify="right" if column in ("studies", "series") else "left")
+    for i in inquiries:
+        counts = ["" if n is None else str(n) for n in (i.studies, i.series)]
+        attempts = str(i.attempts)
+        row = (i.peer, i.cause, i.subject, i.state, attempts, *counts, i.reason or "")
+        table.add_row(*row)
+    return table
+
+
+def fetch_table(fetches: Sequence[Fetch]) -> Table:
+    """Return a table with a row for each Series that a peer is asked for."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("series", "peer", "because of", "state", "attempts", "came", "reason"):
+        table.add_column(column, justify="right" if column == "came" else "left")
+    for f in fetches:
+        came = "" if f.completed is None else str(f.completed + (f.warning or 0))
+        of = "" if f.what.expected is None else f"{came or 0}/{f.what.expected}"
+        why = f"{f.what.cause} {f.what.asked_by}"
+        row = (f.what.series_uid, f.what.peer, why, f.state, str(f.attempts), of or came)
+        table.add_row(*row, f.reason or "")
     return table
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
 
@@ -35,7 +36,20 @@ class Service(Protocol):
 
 def services_of(settings: Settings, engine: Engine) -> Sequence[Service]:
     """Return the services that the settings ask for."""
-    return ()
+    services: list[Service] = []
+    if settings.priors.asked:
+        from dicomnode.node.catch_up import CatchUp
+        from dicomnode.node.fetch import Fetcher
+        from dicomnode.scu.archive import archive_of
+
+        audit = AuditLog(settings.audit_log)
+        if settings.priors.catch_up:
+            services.append(CatchUp(settings, engine))
+        services += [
+            Fetcher(settings, engine, archive_of(settings, name), audit)
+            for name in settings.priors.asked
+        ]
+    return services
 
 
 def run(settings: Settings, stop: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""Asks peers for earlier CT of the patients of new Studies, and for what a forward missed.
+"""Asks a peer for earlier CT of the patients of new Studies, and for what a forward missed.
 
 Reads and writes what peers are asked for; what comes takes the way of all that arrives. A peer is
 asked by a thread of its own: one that hangs keeps nobody else waiting.
@@ -6,12 +6,10 @@ asked by a thread of its own: one that hangs keeps nobody else waiting.
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import Protocol
 
 from sqlalchemy import Engine
 
@@ -22,7 +20,7 @@ from dicomnode.core import retrieval
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable, TransientError
 from dicomnode.model import FetchCause, FetchState
-from dicomnode.scu.archive import Archive, Conversation, archive_of
+from dicomnode.scu.archive import Archive, Conversation
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +38,11 @@ MAX_STUDIES_OF_DAY = 20_000
 # Of the Studies of a patient, newest first, so many are looked into for CT Series at most.
 MAX_LOOKED_INTO = 50
 
-PART = "exchange"  # of the heartbeat
-BEAT_S = 10.0
-# Something may have been missed for so long before the last sign of life.
-MARGIN = timedelta(minutes=10)
-
 NOT_ASKABLE = (
     "its Patient ID has a character that a question takes for a wild card or for two values"
 )
 HERE = "it is here already"
+GONE = "the Study is not here any more"
 
 
 class Fetcher:
@@ -62,7 +56,7 @@ class Fetcher:
         self._archive, self._peer, self._audit = archive, archive.name, audit
         self._hours = hours_of_day(settings.priors.hours)
         self._interval = timedelta(minutes=1 / settings.priors.per_minute)
-        self._settle = timedelta(seconds=settings.priors.settle_seconds)
+        self._quiet = timedelta(seconds=settings.priors.settle_seconds)
         self._give_up = timedelta(hours=settings.priors.give_up_hours)
         # Day -> Study -> how much the peer had of it when all of that was here.
         self._complete: dict[str, dict[str, tuple[int, int]]] = {}
@@ -82,8 +76,10 @@ class Fetcher:
         claimed = self._claim(now, causes)
         if claimed is None:
             return 0
-        if (settled := self._without_asking(claimed)) is not None:
-            return settled
+        if self._is_settled_here(claimed):
+            return 1
+        if not self._take_turn(claimed):
+            return 0
         with self._kept(claimed), contextlib.ExitStack() as stack:
             try:
                 conversation = stack.enter_context(self._archive.opened())
@@ -106,46 +102,51 @@ class Fetcher:
     def _claim(
         self, now: datetime, causes: Sequence[FetchCause]
     ) -> store.Inquiry | store.Fetch | None:
-        """Take what is due longest, questions first, together with the turn to ask."""
+        """Take what is due longest, questions first."""
         with store.writing(self._engine) as session:
-            claimed = store.claim_inquiry(session, self._peer, now, LEASE, causes)
-            claimed = claimed or store.claim_fetch(session, self._peer, now, LEASE, causes)
-            if claimed and not store.take_turn(session, self._peer, now, self._interval):
-                session.rollback()  # another process was quicker
-                return None
-        return claimed
+            inquiry = store.claim_inquiry(session, self._peer, now, LEASE, causes)
+            return inquiry or store.claim_fetch(session, self._peer, now, LEASE, causes)
 
-    def _without_asking(self, claimed: store.Inquiry | store.Fetch) -> int | None:
-        """Settle what needs no peer, and return 1; None where one is to be asked."""
+    def _take_turn(self, claimed: store.Inquiry | store.Fetch) -> bool:
+        """Take the turn to ask; where another process was quicker, let go of what was claimed."""
         now = self._now()
+        with store.writing(self._engine) as session:
+            taken = store.take_turn(session, self._peer, now, self._interval)
+        if not taken:
+            self._settle(claimed, FetchState.WAITING, due_at=now, is_attempt=False)
+        return taken
+
+    def _is_settled_here(self, claimed: store.Inquiry | store.Fetch) -> bool:
+        """Settle what needs no peer; False where one is to be asked."""
         if isinstance(claimed, store.Fetch):
             held = self._held([claimed.what.series_uid]).get(claimed.what.series_uid)
             if held is None:
-                return None
+                return False
             if not retrieval.is_missing(claimed.what.expected, held.received):
-                self._settle_fetch(claimed, FetchState.DROPPED, reason=HERE)
-                return 1
-            quiet_at = held.last_arrival_at + self._settle
-            if now < quiet_at <= now + self._settle:
+                self._settle(claimed, FetchState.DROPPED, reason=HERE)
+                return True
+            now, quiet_at = self._now(), held.last_arrival_at + self._quiet
+            if now < quiet_at <= now + self._quiet:
                 # It is on its way: whoever sends it is left alone.
-                self._settle_fetch(claimed, FetchState.WAITING, due_at=quiet_at, is_attempt=False)
-                return 1
+                self._settle(claimed, FetchState.WAITING, due_at=quiet_at, is_attempt=False)
+                return True
         elif claimed.cause is FetchCause.PRIOR:
             with store.reading(self._engine) as session:
                 found = store.patient_of_study(session, claimed.subject)
             if found is None or not retrieval.is_askable(found[0].patient_id):
-                reason = NOT_ASKABLE if found else "the Study is not here any more"
-                self._settle_inquiry(claimed, FetchState.DROPPED, reason=reason)
-                return 1
-        return None
+                self._settle(claimed, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
+                return True
+        return False
 
     def _ask_for_priors(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
         study_uid = inquiry.subject
         with store.reading(self._engine) as session:
             found = store.patient_of_study(session, study_uid)
-            assert found is not None
-            patient, when = found
-            known = store.dates_of_studies(session, patient, study_uid)
+            known = store.dates_of_studies(session, found[0], study_uid) if found else {}
+        if found is None or not retrieval.is_askable(found[0].patient_id):  # by now
+            self._settle(inquiry, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
+            return
+        patient, when = found
         day = when.date() if when else self._today()
         years = self._settings.years
         with self._audited(Act.QUERY, by_patient=True, study_uid=study_uid) as told:
@@ -191,7 +192,7 @@ class Fetcher:
         complete: dict[str, tuple[int, int]] = {}
         wanted: dict[str, list[SeriesAnswer]] = {}
         for answer in answers:
-            size = (answer.series, answer.instances)
+            size = (answer.series or 0, answer.instances or 0)
             if answer.instances is not None and before.get(answer.study_uid) == size:
                 complete[answer.study_uid] = before[answer.study_uid]  # nothing came since
             else:
@@ -202,7 +203,7 @@ class Fetcher:
             if answer.study_uid in wanted and answer.study_uid not in lacking:
                 complete[answer.study_uid] = (answer.series or 0, answer.instances or 0)
         self._complete = dict([*self._complete.items(), (inquiry.subject, complete)][-400:])
-        self._order(inquiry, orders, len(answers), self._settle, None)
+        self._order(inquiry, orders, len(answers), self._quiet, None)
 
     def _wanted(self, conversation: Conversation, study: StudyAnswer) -> list[SeriesAnswer]:
         answers = conversation.find_series(study.study_uid)
@@ -266,10 +267,10 @@ class Fetcher:
         expected = named[0].instances
         if what.cause is FetchCause.CATCH_UP and expected not in (None, what.expected):
             # It is still arriving there: its forward is yet to come.
-            self._settle_fetch(
+            self._settle(
                 fetch,
                 FetchState.WAITING,
-                due_at=self._now() + self._settle,
+                due_at=self._now() + self._quiet,
                 expected=expected,
                 is_attempt=False,
             )
@@ -286,7 +287,7 @@ class Fetcher:
         if reason:
             self._retry(fetch, reason, counts, expected)
             return
-        self._settle_fetch(fetch, FetchState.DONE, counts=counts, expected=expected)
+        self._settle(fetch, FetchState.DONE, counts=counts, expected=expected)
         extra = {"peer": self._peer, "cause": str(what.cause), "instances": arrived}
         logger.info("series fetched", extra={**extra, "series_uid": what.series_uid})
 
@@ -294,7 +295,7 @@ class Fetcher:
         self,
         claimed: store.Inquiry | store.Fetch,
         reason: str,
-        counts: tuple[int | None, int | None, int | None] | None = None,
+        counts: store.Counts | None = None,
         expected: int | None = None,
     ) -> None:
         """Try it again later, or give it up."""
@@ -302,15 +303,12 @@ class Fetcher:
         late = now - claimed.asked_at >= self._give_up or claimed.attempts >= ATTEMPTS
         state = FetchState.FAILED if late else FetchState.WAITING
         due_at = now + RETRY[min(claimed.attempts, len(RETRY)) - 1]
+        self._settle(claimed, state, due_at=due_at, reason=reason, counts=counts, expected=expected)
         extra = {"peer": self._peer, "attempts": claimed.attempts, "reason": reason}
         if isinstance(claimed, store.Fetch):
             extra["series_uid"] = claimed.what.series_uid
-            self._settle_fetch(
-                claimed, state, due_at=due_at, reason=reason, counts=counts, expected=expected
-            )
         else:
             extra |= {"cause": str(claimed.cause), "subject": claimed.subject}
-            self._settle_inquiry(claimed, state, due_at=due_at, reason=reason)
         if late:
             logger.error("fetch given up", extra=extra)
         else:
@@ -323,19 +321,44 @@ class Fetcher:
         state = FetchState.FAILED if late else FetchState.WAITING
         with store.writing(self._engine) as session:
             store.put_off(session, self._peer, now, AWAY, reason)
-        if isinstance(claimed, store.Fetch):
-            self._settle_fetch(claimed, state, due_at=now, reason=reason, is_attempt=late)
-        else:
-            self._settle_inquiry(claimed, state, due_at=now, reason=reason, is_attempt=late)
+        self._settle(claimed, state, due_at=now, reason=reason, is_attempt=late)
         logger.warning("peer away", extra={"peer": self._peer, "reason": reason})
 
-    def _settle_fetch(self, fetch: store.Fetch, state: FetchState, **values: object) -> None:
+    def _settle(
+        self,
+        claimed: store.Inquiry | store.Fetch,
+        state: FetchState,
+        *,
+        due_at: datetime | None = None,
+        reason: str | None = None,
+        is_attempt: bool = True,
+        counts: store.Counts | None = None,
+        expected: int | None = None,
+    ) -> None:
+        now = self._now()
         with store.writing(self._engine) as session:
-            store.settle_fetch(session, fetch, state, self._now(), **values)  # type: ignore[arg-type]  # its own
-
-    def _settle_inquiry(self, inquiry: store.Inquiry, state: FetchState, **values: object) -> None:
-        with store.writing(self._engine) as session:
-            store.settle_inquiry(session, inquiry, state, self._now(), **values)  # type: ignore[arg-type]  # its own
+            if isinstance(claimed, store.Fetch):
+                store.settle_fetch(
+                    session,
+                    claimed,
+                    state,
+                    now,
+                    due_at=due_at,
+                    reason=reason,
+                    counts=counts,
+                    expected=expected,
+                    is_attempt=is_attempt,
+                )
+            else:
+                store.settle_inquiry(
+                    session,
+                    claimed,
+                    state,
+                    now,
+                    due_at=due_at,
+                    reason=reason,
+                    is_attempt=is_attempt,
+                )
 
     def _held(self, series_uids: Sequence[str]) -> dict[str, store.Held]:
         with store.reading(self._engine) as session:
@@ -379,64 +402,3 @@ class Fetcher:
             outcome = SUCCESS
         finally:
             self._audit.write(act, outcome, part="fetch", peer=self._peer, **data, **told)
-
-
-class CatchUp:
-    """Asks peers for the days in which the node was down, and for today and yesterday."""
-
-    name = "catch up"
-
-    def __init__(self, settings: Settings, engine: Engine) -> None:
-        self._peers, self._engine = settings.priors.catch_up, engine
-        self._every = timedelta(minutes=settings.priors.catch_up_minutes)
-        self._most = math.ceil(settings.priors.catch_up_hours / 24)
-        self._started = False
-        self._next = datetime.min.replace(tzinfo=UTC)
-
-    def step(self, now: datetime) -> int:
-        """Beat, and ask what is due to be asked; at the first step for all that may be missing."""
-        if now < self._next <= now + timedelta(seconds=BEAT_S):
-            return 0
-        self._next = now + timedelta(seconds=BEAT_S)
-        today = now.astimezone().date()
-        with store.writing(self._engine) as session:
-            if not self._started:
-                last = store.last_beat(session, PART)
-                up = (last - MARGIN).astimezone().date() if last else None
-                days = retrieval.missed_days(up, today, self._most)
-                for peer in self._peers:
-                    store.ask_days(session, peer, days, now)
-            else:
-                days = retrieval.missed_days(None, today, 1)
-                for peer in self._peers:
-                    asked = store.asked_days(session, peer, days)
-                    due = [day for day in days if self._is_due(asked, day, now)]
-                    store.ask_days(session, peer, due, now)
-            # With what was asked, or not at all: else a crash between would hide the time before.
-            store.beat(session, PART, now)
-        self._started = True
-        return 0
-
-    def _is_due(self, asked: dict[date, datetime | None], day: date, now: datetime) -> bool:
-        if day not in asked:
-            return True
-        done_at = asked[day]
-        return done_at is not None and not now - self._every < done_at <= now
-
-
-class Asking(Protocol):
-    """One of the services below."""
-
-    name: str
-
-    def step(self, now: datetime) -> int:
-        """Do a little of what is due, and return how much that was."""
-
-
-def services(settings: Settings, engine: Engine) -> list[Asking]:
-    """Return what asks each peer of `[priors]`."""
-    audit = AuditLog(settings.audit_log)
-    found: list[Asking] = [CatchUp(settings, engine)] if settings.priors.catch_up else []
-    for name in settings.priors.asked:
-        found.append(Fetcher(settings, engine, archive_of(settings, name), audit))
-    return found

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from dicomnode.config import Peer, Settings
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
-from dicomnode.errors import PeerUnavailable
+from dicomnode.errors import PeerRefused, PeerUnavailable
 from dicomnode.scu import find, move
 from dicomnode.scu.association import Link, associated
 from dicomnode.scu.dicomweb import opened
@@ -39,6 +39,9 @@ class Archive(Protocol):
     def opened(self) -> contextlib.AbstractContextManager[Conversation]:
         """Give a conversation."""
 
+    def check(self) -> str:
+        """Try whether it answers, without a patient, and say what cannot be tried."""
+
 
 class DimseArchive:
     """A peer, asked over one association."""
@@ -56,6 +59,25 @@ class DimseArchive:
             hold(link.assoc)
             yield _DimseConversation(link, self._settings.node.ae_title)
 
+    def check(self) -> str:
+        """Try whether the peer takes C-FIND and C-MOVE.
+
+        Raises
+        ------
+        PeerRefused, PeerUnavailable
+            If it does not.
+        """
+        contexts = [find.find_context(), move.move_context()]
+        with associated(self._settings, self._peer, contexts) as link:
+            for name, context in zip(("C-FIND", "C-MOVE"), contexts, strict=True):
+                if not link.accepted(str(context.abstract_syntax)):
+                    raise PeerRefused(f"{self.name} does not offer {name}, Study Root")
+        us = self._settings.node.ae_title
+        return (
+            f"{self.name} takes C-FIND and C-MOVE; whether it knows {us} as a Move Destination "
+            "shows at the first C-MOVE alone"
+        )
+
 
 class _DimseConversation:
     def __init__(self, link: Link, destination: str) -> None:
@@ -70,7 +92,7 @@ class _DimseConversation:
         return find.find_series(self._link, study_uid, series_uid)
 
     def retrieve(self, study_uid: str, series_uid: str) -> Retrieved:
-        return move.move_series(self._link, self._destination, study_uid, series_uid, on_progress)
+        return move.move_series(self._link, self._destination, study_uid, series_uid)
 
 
 class WebArchive:
@@ -87,6 +109,19 @@ class WebArchive:
         """Give connections to the server, and the spool."""
         with opened(self._server, self._settings.spool) as session:
             yield session
+
+    def check(self) -> str:
+        """Try whether the server answers a question that nothing matches.
+
+        Raises
+        ------
+        PeerRefused, PeerUnavailable, ConfigError
+            If it does not.
+        """
+        with self.opened() as conversation:
+            long_ago = date(1900, 1, 1)
+            conversation.find_studies(days=(long_ago, long_ago), most=find.MAX_ANSWERS)
+        return f"{self._server.url} answers QIDO-RS; whether it sends by WADO-RS was not tried"
 
 
 def archive_of(settings: Settings, name: str) -> Archive:

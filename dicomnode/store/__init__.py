@@ -22,6 +22,7 @@ from dicomnode.store.answers import (
 from dicomnode.store.coverage import count_uncovered, cover_curves
 from dicomnode.store.fetches import (
     AskPriors,
+    Counts,
     Fetch,
     Held,
     Inquiry,
@@ -110,6 +111,7 @@ __all__ = [
     "Ask",
     "AskPriors",
     "Claimed",
+    "Counts",
     "Delivery",
     "Fetch",
     "FoundPair",

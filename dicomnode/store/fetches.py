@@ -16,6 +16,8 @@ CAUSES = tuple(FetchCause)
 DAY = "%Y%m%d"
 _PART = 10_000  # SQLite takes 32,766 parameters in a statement
 
+Counts = tuple[int | None, int | None, int | None]  # Instances completed, failed, with a warning
+
 
 @dataclass(frozen=True, slots=True)
 class AskPriors:
@@ -208,7 +210,7 @@ def settle_fetch(
     *,
     due_at: datetime | None = None,
     reason: str | None = None,
-    counts: tuple[int | None, int | None, int | None] | None = None,
+    counts: Counts | None = None,
     expected: int | None = None,
     is_attempt: bool = True,
 ) -> bool:
@@ -403,7 +405,12 @@ def _ask(
     if anew:
         asking = asking.on_conflict_do_update(
             index_elements=["cause", "peer", "subject"],
-            set_={**again, "reason": None, "version": schema.Inquiry.version + 1},
+            set_={
+                **again,
+                "done_at": None,
+                "reason": None,
+                "version": schema.Inquiry.version + 1,
+            },
         )
     else:
         asking = asking.on_conflict_do_nothing()
