@@ -508,7 +508,7 @@ def fetches(
             {
                 "inquiries": [present.inquiry_json(i) for i in inquiries],
                 "series": [present.fetch_json(f) for f in found],
-                "away": [asdict(turn) for turn in turns],
+                "away": [present.turn_json(turn) for turn in turns],
             }
         )
     else:

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
 from dicomnode.spool.survey import Part
-from dicomnode.store import Fetch, Histogram, Inquiry, Match, SeriesRow, StoredOffset
+from dicomnode.store import Fetch, Histogram, Inquiry, Match, PeerTurn, SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
 
@@ -185,13 +186,22 @@ def spool_table(parts: Sequence[Part]) -> Table:
 
 def inquiry_json(inquiry: Inquiry) -> JSON:
     """Return a question to a peer, and how it stands."""
-    return asdict(inquiry)
+    return _plain(asdict(inquiry))
 
 
 def fetch_json(fetch: Fetch) -> JSON:
     """Return a Series that a peer is asked for, and how that stands."""
     values = asdict(fetch)
-    return {"id": values.pop("id"), **values.pop("what"), **values}
+    return _plain({"id": values.pop("id"), **values.pop("what"), **values})
+
+
+def turn_json(turn: PeerTurn) -> JSON:
+    """Return when a peer may be asked again, and why not before."""
+    return _plain(asdict(turn))
+
+
+def _plain(values: JSON) -> JSON:
+    return {k: v.isoformat() if isinstance(v, date) else v for k, v in values.items()}
 
 
 def inquiry_table(inquiries: Sequence[Inquiry]) -> Table:
