@@ -109,7 +109,7 @@ class Fetcher:
 
     def _take_turn(self, claimed: store.Inquiry | store.Fetch) -> bool:
         """Take the turn to ask; where another process was quicker, let go of what was claimed."""
-        now = self._now()
+        now = self._began[0]
         with store.writing(self._engine) as session:
             taken = store.take_turn(session, self._peer, now, self._interval)
         if not taken:
