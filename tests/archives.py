@@ -10,6 +10,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_context, evt
+from pynetdicom.dimse_primitives import C_MOVE
 from pynetdicom.sop_class import (
     CTImageStorage,
     StudyRootQueryRetrieveInformationModelFind,
@@ -171,7 +172,7 @@ class QueryRetrieve:
             yield self.find_status, None
             return
         answers = self._answers(asked)
-        while self.find_never_ends and not self.over.wait(0.01):
+        while self.find_never_ends and event.assoc.is_established and not self.over.wait(0.01):
             yield 0xFF00, answers[0]
         for answer in answers:
             yield 0xFF00, answer
@@ -220,8 +221,14 @@ class QueryRetrieve:
         if self.move_status is not None:
             yield self.move_status, None
             return
-        while self.move_never_ends and not self.over.wait(0.01):
-            yield 0xFF00, None
+        while self.move_never_ends and event.assoc.is_established and not self.over.wait(0.02):
+            pending = C_MOVE()
+            pending.MessageIDBeingRespondedTo = event.request.MessageID
+            pending.AffectedSOPClassUID = event.request.AffectedSOPClassUID
+            pending.Status = 0xFF00
+            pending.NumberOfRemainingSuboperations = len(group)
+            pending.NumberOfCompletedSuboperations = 0
+            event.assoc.dimse.send_msg(pending, event.context.context_id)
         for n, ds in enumerate(group):
             if self.aborts_after == n:
                 event.assoc.abort()

@@ -12,6 +12,8 @@ from typing import Any
 
 import pydicom
 import pytest
+from pydicom.config import IGNORE
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
@@ -204,7 +206,7 @@ def test_check_says_that_a_peer_offers_no_c_move(tmp_path):
 
 def test_a_destination_it_does_not_know_is_told_with_what_to_do(site, datasets):
     site.pacs.destination.clear()
-    with site.opened() as pacs, pytest.raises(PeerRefused, match="0xA801.*register our AE title"):
+    with site.opened() as pacs, pytest.raises(PeerRefused, match=r"0xA801.*register our AE title"):
         pacs.retrieve(datasets[0].StudyInstanceUID, datasets[0].SeriesInstanceUID)
 
 
@@ -310,12 +312,14 @@ def test_damaged_answers_are_no_more_than_empty():
     ds = Dataset()
     ds.StudyInstanceUID = "1.2.3"
     ds.PatientID = ["A", "B"]
-    ds.StudyDate = "2026-1-5"
+    ds.add(DataElement("StudyDate", "DA", "2026-1-5", validation_mode=IGNORE))
+    ds.add(DataElement("NumberOfStudyRelatedSeries", "IS", "", validation_mode=IGNORE))
     ds.ModalitiesInStudy = None
     answer = study_of(ds)
     assert answer.patient == PatientKey("")
     assert (answer.study_date, answer.modalities, answer.instances) == (None, (), None)
-    ds.StudyDate, ds.PatientID = "2026.01.05", " A "
+    ds.add(DataElement("StudyDate", "DA", "2026.01.05", validation_mode=IGNORE))
+    ds.PatientID = " A "
     assert study_of(ds).study_date == DAY and study_of(ds).patient.patient_id == "A"
 
 
