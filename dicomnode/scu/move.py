@@ -104,7 +104,10 @@ def _outcome(status: int, counts: Counts, name: str) -> Retrieved:
     if completed or warning:
         why = f"C-MOVE ended with {status_of(status)}"
         return Retrieved(completed, failed, warning, why)
-    raise PeerRefused(f"{name} refuses C-MOVE: {status_of(status)}")
+    # Orthanc 1.10 answers so to a Move Destination that it does not know.
+    unsaid = "; if it does not know us, register our AE title, with host and port, at the peer"
+    hint = unsaid if status >> 12 == 0xC else ""
+    raise PeerRefused(f"{name} refuses C-MOVE: {status_of(status)}{hint}")
 
 
 def _counts(answer: Dataset) -> Counts:

@@ -697,7 +697,12 @@ def network_namespace() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def orthanc(
-    folder: Path, prefix: Sequence[str], *, node_port: int, stable_age_s: int = 1
+    folder: Path,
+    prefix: Sequence[str],
+    *,
+    node_port: int,
+    stable_age_s: int = 1,
+    more_settings: Mapping[str, Any] | None = None,
 ) -> Iterator[int]:
     """Give the DICOM port of an Orthanc that forwards every CT Series to the node.
 
@@ -730,6 +735,7 @@ def orthanc(
         "SaveJobs": False,
         "SyncStorageArea": False,
         "LuaScripts": [str(folder / "forward.lua")],
+        **(more_settings or {}),
     }
     (folder / "orthanc.json").write_text(json.dumps(settings))
     (folder / "forward.lua").write_text(FORWARD)

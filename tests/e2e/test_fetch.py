@@ -156,19 +156,31 @@ def test_all_that_a_forward_missed_while_the_node_was_down_arrives_once(tmp_path
         node.check_log()
 
 
-def test_a_node_that_the_pacs_does_not_know_is_told_what_to_do(tmp_path, prefix):
+# A PACS that lets us ask, and does not know where we are.
+STRANGER = {
+    "DicomModalities": {},
+    "LuaScripts": [],
+    "DicomAlwaysAllowFind": True,
+    "DicomAlwaysAllowMove": True,
+}
+
+
+def test_where_the_pacs_does_not_know_our_ae_title_it_says_what_to_do(tmp_path, prefix):
     part = scan(matrix=64, spacing_mm=12.0, when=TODAY - timedelta(days=1))
     priors = 'catch_up = ["ORTHANC"]\nsettle_seconds = 0.5'
     node = make_node(tmp_path / "node", prefix, priors)
     with ExitStack() as stack:
         stack.callback(node.close)
-        # It knows our AE title at a port where nobody is, so that there is no forward.
         stack.enter_context(
-            orthanc(tmp_path / "orthanc", prefix, node_port=node.port, node_title="STRANGER")
+            orthanc(tmp_path / "orthanc", prefix, node_port=node.port, more_settings=STRANGER)
         )
         send(prefix, [part], tmp_path / "ct")
         node.start()
-        found = eventually(lambda: [f for f in fetches(node).values() if f.attempts], "asked for")
-        eventually(lambda: fetches(node)[part.series_uid].reason, "an answer")
-        assert found[0].state is FetchState.WAITING
-        print(fetches(node)[part.series_uid].reason)
+        failed = eventually(
+            lambda: [f for f in fetches(node).values() if f.reason], "asked for in vain"
+        )
+        assert failed[0].what.series_uid == part.series_uid
+        assert failed[0].state is FetchState.WAITING
+        assert "register our AE title" in failed[0].reason
+        assert node.stop() == 0
+        node.check_log()
