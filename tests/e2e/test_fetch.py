@@ -184,3 +184,41 @@ def test_where_the_pacs_does_not_know_our_ae_title_it_says_what_to_do(tmp_path, 
         assert "register our AE title" in failed[0].reason
         assert node.stop() == 0
         node.check_log()
+
+
+WEB = "/usr/share/orthanc/plugins/libOrthancDicomWeb.so"
+
+
+def test_priors_come_from_a_dicomweb_server(tmp_path, prefix):
+    if not Path(WEB).exists():
+        skip(f"not installed: {WEB}")
+    old = scan(9100, matrix=128, when=datetime(2025, 3, 4), table_mm=40.0)
+    other = scan(9200, matrix=128, when=datetime(2025, 3, 4))
+    new = scan(9100, matrix=128, when=TODAY, table_mm=90.0)
+    url = "http://127.0.0.1:18042/dicom-web/"
+    node = make_node(
+        tmp_path / "node", prefix, f'dicomweb = [{{ name = "archive", url = "{url}" }}]'
+    )
+    # It knows nothing of the node, and forwards nothing.
+    more = {"DicomModalities": {}, "LuaScripts": [], "Plugins": [WEB]}
+    with ExitStack() as stack:
+        stack.callback(node.close)
+        stack.enter_context(
+            orthanc(tmp_path / "orthanc", prefix, node_port=node.port, more_settings=more)
+        )
+        send(prefix, [old, other], tmp_path / "ct")
+        node.start()
+        titles = ["-aet", "TEST", "-aec", "DICOMNODE", "+sd", "127.0.0.1", str(node.port)]
+        run([*prefix, "dcmsend", *titles, str(save(new.slices, tmp_path / "new"))])
+        for part in (new, old):
+            row = node.finished(part.series_uid, len(part.slices))
+            assert (row.state, row.revision) == (SeriesState.CURVE, 1)
+            assert node.curve_uids(part.series_uid) == part.uids
+        node.idle()
+        assert len(node.series()) == 2
+        answer = node.json("offset", new.study_uid, old.study_uid)
+        assert abs(answer["offset_mm"] - 50.0) <= 10.0
+        (fetch,) = fetches(node).values()
+        assert (fetch.what.peer, fetch.completed) == ("archive", len(old.slices))
+        assert node.stop() == 0
+        node.check_log()

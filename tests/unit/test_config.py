@@ -42,7 +42,7 @@ def test_every_setting_is_in_the_sample_with_a_comment_beneath(section, key):
     assert re.search(rf"^(# )?{key} = .*\n# ", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("model", [config.Peer, config.Rule])
+@pytest.mark.parametrize("model", [config.Peer, config.Rule, config.DICOMwebServer])
 def test_every_key_of_what_there_may_be_many_of_is_in_the_sample(model):
     text = SAMPLE.read_text()
     assert all(re.search(rf"^# .*\b{key}\b", text, re.MULTILINE) for key in model.model_fields)
@@ -53,6 +53,7 @@ def test_every_key_of_what_there_may_be_many_of_is_in_the_sample(model):
     [
         config.Peer,
         config.Rule,
+        config.DICOMwebServer,
         *(
             type(field.default)
             for section, field in config.Settings.model_fields.items()
@@ -205,3 +206,36 @@ def test_an_issuer_is_a_long_string_of_dicom(tmp_path, issuer):
     path = write(tmp_path, f"[node]\ndefault_issuer = '{issuer}'")
     with pytest.raises(ConfigError, match=r"node\.default_issuer"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[priors]\npeers = ["PACS"]', "PACS is none of node.peers"),
+        ('[priors]\ncatch_up = ["web"]', "web is none of node.peers, and no name"),
+        ('[priors]\npeers = ["SILENT"]\n' + "SILENT", "SILENT has calling = false"),
+        ('[priors]\nhours = "6-18"', "priors.hours"),
+        ('[priors]\nhours = "25:00-06:00"', "priors.hours"),
+        ('[priors]\nhours = "06:00-06:00"', "priors.hours"),
+        ('[priors]\nissuer = "never"', "priors.issuer"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "ftp://a"', "priors.dicomweb.0.url"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "http://u:p@a"', "no user name and password"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "http://a"\nuser = "me"', "go together"),
+    ],
+)
+def test_settings_of_priors_that_cannot_work_are_refused(tmp_path, text, message):
+    silent = '[node]\npeers = [{ ae_title = "SILENT", host = "h", port = 1, calling = false }]\n'
+    if text.endswith("SILENT"):
+        text = silent + text.removesuffix("SILENT")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.load(write(tmp_path, text))
+
+
+def test_the_exchange_runs_where_a_peer_is_asked_for_priors(tmp_path):
+    node = '[node]\npeers = [{ ae_title = "PACS", host = "h", port = 1 }]\n'
+    assert not config.load(write(tmp_path, node)).exchanges
+    for priors in ('peers = ["PACS"]', 'catch_up = ["PACS"]'):
+        settings = config.load(write(tmp_path, f"{node}[priors]\n{priors}"))
+        assert settings.exchanges and settings.priors.asked == ("PACS",)
+    web = '[[priors.dicomweb]]\nname = "w"\nurl = "http://a"'
+    assert config.load(write(tmp_path, web)).priors.names == ("w",)
