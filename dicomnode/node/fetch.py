@@ -95,6 +95,11 @@ class Fetcher:
                     self._ask_for_day(conversation, claimed)
             except (PeerUnavailable, PeerRefused) as exc:
                 self._retry(claimed, str(exc))
+            except TransientError:  # ours: the database
+                raise
+            except Exception as exc:  # what no rule foresaw must not be asked for without end
+                logger.exception("fetch not understood", extra={"peer": self._peer})
+                self._retry(claimed, f"not understood: {type(exc).__name__}")
             with store.writing(self._engine) as session:
                 store.reached(session, self._peer)
         return 1

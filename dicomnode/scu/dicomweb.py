@@ -3,11 +3,13 @@
 import contextlib
 import json
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import Iterator
 from datetime import date
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from pydicom.dataset import Dataset
@@ -206,6 +208,8 @@ def opened(server: DICOMwebServer, spool: SpoolSettings) -> Iterator[WebSession]
     ------
     ConfigError
         If a file of its settings cannot be used.
+    PeerUnavailable
+        If nobody listens there.
     """
     headers, auth = {}, None
     if server.token_file is not None:
@@ -216,6 +220,14 @@ def opened(server: DICOMwebServer, spool: SpoolSettings) -> Iterator[WebSession]
         verify = ssl.create_default_context(cafile=server.ca_file)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"priors.dicomweb: {server.name}: ca_file: {server.ca_file}") from exc
+    # That it is away altogether is to be known before anything counts as asked.
+    url = urlsplit(server.url)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), CONNECT_S).close()
+    except (OSError, UnicodeError) as exc:
+        why = exc.strerror or str(exc) if isinstance(exc, OSError) else "no host name"
+        raise PeerUnavailable(f"no connection to {server.name}: {why}") from exc
     with httpx.Client(
         base_url=server.url.rstrip("/") + "/",
         headers=headers,

@@ -34,6 +34,10 @@ SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
 
+# Of a Study with new CT: patient, Study Date and Time, arrival, whether the patient was corrected.
+_New = tuple[PatientKey, datetime | None, datetime, bool]
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """What is stored of one slice; empty where it was set aside."""
@@ -60,11 +64,16 @@ def record_slices(
     A slice that its finished Series does not know yet reopens it. The first CT of a Study asks for
     earlier ones, where `priors` says whom.
     """
+    new: dict[str, _New] = {}
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
-        _record_series(session, model, by_series[series_uid], priors)
+        _record_series(session, model, by_series[series_uid], new)
+    # Last, and in one order: two workers that store Series of the same Studies would else wait
+    # for each other.
+    for study_uid, (patient, study_datetime, at, moved) in sorted(new.items()) if priors else ():
+        ask_priors(session, priors, study_uid, patient, study_datetime, at, anew=moved)
 
 
 def end_association(session: Session, association_id: str, kind: str) -> None:
@@ -236,7 +245,7 @@ def finish_series(
 
 
 def _record_series(
-    session: Session, model: str, results: list[SliceResult], priors: AskPriors | None
+    session: Session, model: str, results: list[SliceResult], new: dict[str, _New]
 ) -> None:
     # Who the patient is, a sound slice says rather than a damaged one.
     sound = [r for r in results if r.score is not None]
@@ -271,10 +280,10 @@ def _record_series(
     if series.modality != "CT" and any(r.header.modality == "CT" for r in results):
         series.modality = "CT"  # something else shares the Series: the CT names it
         is_new = True
-    if priors and (is_new or moved) and series.modality == "CT":
+    if (is_new or moved) and series.modality == "CT":
         key = PatientKey(series.patient_id, series.issuer)
-        at = newest.arrived_at
-        ask_priors(session, priors, series.study_uid, key, series.study_datetime, at, anew=moved)
+        again = moved or (series.study_uid in new and new[series.study_uid][3])
+        new[series.study_uid] = (key, series.study_datetime, newest.arrived_at, again)
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
     refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
     upsert(session, schema.Slice, scored)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 from sqlalchemy import Engine
 
 from dicomnode import store
 from dicomnode.audit import AuditLog
+from dicomnode.cli import main
 from dicomnode.config import Settings
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import PeerRefused, PeerUnavailable
 from dicomnode.model import Evidence, FetchCause, FetchState, PatientKey
+from dicomnode.node import exchange
 from dicomnode.node import fetch as module
 from dicomnode.node.catch_up import CatchUp
 from dicomnode.node.fetch import Fetcher
@@ -500,6 +503,45 @@ def test_two_processes_never_ask_for_the_same(node, pacs, tmp_path):
     assert len(pacs.retrieved) == 12 and len(set(pacs.retrieved)) == 12
 
 
+def test_what_nobody_foresaw_is_tried_some_times_and_given_up(run, pacs, caplog):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1))
+    pacs.trouble["retrieve"] = [ZeroDivisionError()] * 100
+    arrive(run.engine)
+    for _ in range(60):
+        run.after(HOUR)
+    found = run.fetches()[uid]
+    assert (found.state, found.reason) == (FetchState.FAILED, "not understood: ZeroDivisionError")
+    assert "fetch not understood" in caplog.text
+
+
+def test_two_workers_that_store_the_same_studies_do_not_wait_for_each_other(node):
+    failed: list[BaseException] = []
+
+    def work(first: str, second: str, n: int) -> None:
+        try:
+            for k in range(20):
+                results = [
+                    scored(f"9.{n}.{k}.{i}", 0, at=NOW, study_uid=f"{uid}.{k}")
+                    for i, uid in enumerate((first, second))
+                ]
+                with store.writing(node) as session:
+                    store.record_slices(session, MODEL, results, ASK)
+        except BaseException as exc:
+            failed.append(exc)
+
+    threads = [
+        threading.Thread(target=work, args=("1.2.1", "1.2.2", 1)),
+        threading.Thread(target=work, args=("1.2.2", "1.2.1", 2)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    with store.reading(node) as session:
+        assert len(store.list_inquiries(session)) == 40
+
+
 # What it leaves behind
 
 
@@ -735,3 +777,49 @@ def test_an_older_attempt_does_not_settle_what_was_asked_for_anew(node):
         assert not store.settle_inquiry(session, taken, FetchState.DONE, NOW, found=(0, 0))
         assert not store.renew_lease(session, taken, NOW + DAY)
         assert store.claim_inquiry(session, "PACS", NOW, HOUR) is not None
+
+
+# Around it
+
+
+def test_the_exchange_has_a_service_for_each_who_is_asked(node, tmp_path):
+    web = {"name": "web", "url": "http://127.0.0.1:9"}
+    conf = settings(tmp_path, dicomweb=[web], catch_up=["VNA", "PACS"])
+    names = [service.name for service in exchange.services_of(conf, node)]
+    assert names == ["catch up", "fetch PACS", "fetch web", "fetch VNA"]
+    assert exchange.services_of(Settings(), node) == []
+
+
+def cli(database_url: str, tmp_path: Path, *arguments: str) -> Result:
+    config = tmp_path / "node.toml"
+    config.write_text(
+        f'[database]\nurl = "{database_url}"\n[spool]\npath = "{tmp_path / "spool"}"\n'
+    )
+    return CliRunner().invoke(main, ["fetches", "--config", str(config), *arguments])
+
+
+def test_the_command_lists_what_was_asked_for_and_queues_again(run, pacs, database_url, tmp_path):
+    assert cli(database_url, tmp_path).exit_code == 1
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1), patient=PatientKey("CANARY-ID"))
+    pacs.trouble["retrieve"] = [PeerRefused("0xA801, register our AE title")] * 8
+    arrive(run.engine, patient=PatientKey("CANARY-ID"))
+    for _ in range(60):
+        run.after(HOUR)
+    pacs.trouble["opened"] = [AWAY]
+    with store.writing(run.engine) as session:
+        store.ask_days(session, "PACS", [TODAY], run.now)
+    run.steps()
+    listed = cli(database_url, tmp_path)
+    assert listed.exit_code == 0
+    for word in (uid, NEW, "failed", "register our AE title", "Connection refused", "0/40"):
+        assert word in listed.output
+    found = json.loads(cli(database_url, tmp_path, "--json", "--state", "failed").stdout)
+    assert found["inquiries"] == []
+    assert [(s["series_uid"], s["attempts"]) for s in found["series"]] == [(uid, 8)]
+    assert found["away"][0]["peer"] == "PACS"
+    assert "CANARY" not in listed.output + json.dumps(found)
+    assert cli(database_url, tmp_path, "--requeue", "1.2.99").exit_code == 1
+    assert "1 queued again" in cli(database_url, tmp_path, "--requeue", uid).output
+    run.steps()
+    assert run.fetches()[uid].state is FetchState.DONE
+    assert cli(database_url, tmp_path, "--peer", "VNA").exit_code == 1
