@@ -70,9 +70,11 @@ def record_slices(
         by_series.setdefault(result.header.series_uid, []).append(result)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
         _record_series(session, model, by_series[series_uid], new)
+    if priors is None:
+        return
     # Last, and in one order: two workers that store Series of the same Studies would else wait
     # for each other.
-    for study_uid, (patient, study_datetime, at, moved) in sorted(new.items()) if priors else ():
+    for study_uid, (patient, study_datetime, at, moved) in sorted(new.items()):
         ask_priors(session, priors, study_uid, patient, study_datetime, at, anew=moved)
 
 

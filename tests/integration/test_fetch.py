@@ -521,7 +521,13 @@ def test_two_workers_that_store_the_same_studies_do_not_wait_for_each_other(node
         try:
             for k in range(20):
                 results = [
-                    scored(f"9.{n}.{k}.{i}", 0, at=NOW, study_uid=f"{uid}.{k}")
+                    scored(
+                        f"9.{n}.{k}.{i}",
+                        0,
+                        at=NOW,
+                        study_uid=f"{uid}.{k}",
+                        study_datetime=datetime(2026, 3, 4),
+                    )
                     for i, uid in enumerate((first, second))
                 ]
                 with store.writing(node) as session:
@@ -820,6 +826,7 @@ def test_the_command_lists_what_was_asked_for_and_queues_again(run, pacs, databa
     assert "CANARY" not in listed.output + json.dumps(found)
     assert cli(database_url, tmp_path, "--requeue", "1.2.99").exit_code == 1
     assert "1 queued again" in cli(database_url, tmp_path, "--requeue", uid).output
+    run.now = datetime.now(UTC)  # which is the command's
     run.steps()
     assert run.fetches()[uid].state is FetchState.DONE
     assert cli(database_url, tmp_path, "--peer", "VNA").exit_code == 1
