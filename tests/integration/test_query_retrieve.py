@@ -243,6 +243,23 @@ def test_failed_sub_operations_are_counted(site, datasets):
     assert len(site.spooled()) == 3
 
 
+@pytest.mark.parametrize(
+    ("status", "counts", "reason"),
+    [
+        (0x0000, (5, 0, 0), ""),
+        (0x0000, (None, None, None), ""),
+        (0x0000, (3, 0, 2), ""),
+        (0x0000, (3, 2, 0), "2 of 5 were not sent"),
+        (0xB000, (3, 2, 0), "2 of 5 were not sent"),
+        (0xB000, (None, None, None), "some of 0 were not sent"),
+        (0xFE00, (3, 0, 0), "C-MOVE ended with 0xFE00, cancelled by the peer"),
+        (0xA702, (0, 0, 1), "C-MOVE ended with 0xA702, out of resources to send it"),
+    ],
+)
+def test_the_last_response_says_what_came(status, counts, reason):
+    assert move._outcome(status, counts, "PACS") == Retrieved(*counts, reason)
+
+
 def test_a_receiver_that_is_down_leaves_all_sub_operations_failed(site, datasets):
     site.receiver.stop()
     with site.opened() as pacs, pytest.raises(PeerRefused, match="C-MOVE"):
