@@ -100,7 +100,8 @@ def _outcome(status: int, counts: Counts, name: str) -> Retrieved:
         return Retrieved(completed, failed, warning)
     if status in (0x0000, WARNING):
         of = (completed or 0) + (failed or 0) + (warning or 0)
-        return Retrieved(completed, failed, warning, f"{failed or 'some'} of {of} were not sent")
+        reason = f"{failed} of {of} were not sent" if failed else "not all were sent"
+        return Retrieved(completed, failed, warning, reason)
     if completed or warning:
         why = f"C-MOVE ended with {status_of(status)}"
         return Retrieved(completed, failed, warning, why)

@@ -251,7 +251,7 @@ def test_failed_sub_operations_are_counted(site, datasets):
         (0x0000, (3, 0, 2), ""),
         (0x0000, (3, 2, 0), "2 of 5 were not sent"),
         (0xB000, (3, 2, 0), "2 of 5 were not sent"),
-        (0xB000, (None, None, None), "some of 0 were not sent"),
+        (0xB000, (None, None, None), "not all were sent"),
         (0xFE00, (3, 0, 0), "C-MOVE ended with 0xFE00, cancelled by the peer"),
         (0xA702, (0, 0, 1), "C-MOVE ended with 0xA702, out of resources to send it"),
     ],
