@@ -5,6 +5,7 @@ The node is down for some seconds here; DICOMNODE_TEST_DOWN_S=300 makes it five 
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -66,7 +67,9 @@ def send(prefix: Sequence[str], scans: Sequence[Scan], folder: Path) -> None:
 
 def failed_jobs(prefix: Sequence[str]) -> int:
     """Return how many forwards Orthanc gave up."""
-    result = run([*prefix, "curl", "-s", "http://127.0.0.1:18042/jobs?expand"])
+    url = "http://127.0.0.1:18042/jobs?expand"
+    look = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
+    result = run([*prefix, sys.executable, "-c", look])
     return sum(job["State"] == "Failure" for job in json.loads(result.stdout))
 
 
