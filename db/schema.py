@@ -329,3 +329,50 @@ class Delivery(Base):
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last
     transaction_uid: Mapped[str | None] = mapped_column(UID)  # of Storage Commitment
     commitment: Mapped[str | None] = mapped_column(String(16))  # asked, committed, failed
+
+
+class PatientLink(Base):
+    """Two patient keys that are one patient, as somebody said; taken back where a time says so.
+
+    Keys are those of headers, (PatientID, issuer). Which keys are one patient today follows from
+    all links that hold, in whatever order they came: `patient_member` says it.
+    """
+
+    __tablename__ = "patient_link"
+    __table_args__ = (
+        Index("ix_patient_link_merged", "merged_id", "merged_issuer"),
+        Index("ix_patient_link_into", "into_id", "into_issuer"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    merged_id: Mapped[str] = mapped_column(String(64))
+    merged_issuer: Mapped[str] = mapped_column(String(64))
+    into_id: Mapped[str] = mapped_column(String(64))
+    into_issuer: Mapped[str] = mapped_column(String(64))
+    source: Mapped[str] = mapped_column(String(8))  # cli, hl7
+    control_id: Mapped[str] = mapped_column(String(199))  # MSH-10 of the message, empty: none
+    linked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    unlinked_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+class PatientMember(Base):
+    """Which patient keys are one patient: those of one group. A key without a row is alone.
+
+    Worked out from `patient_link` whenever that changes, and nothing else.
+    """
+
+    __tablename__ = "patient_member"
+    __table_args__ = (Index("ix_patient_member_group_id", "group_id"),)
+
+    patient_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    issuer: Mapped[str] = mapped_column(String(64), primary_key=True)
+    group_id: Mapped[int]  # the lowest id of its links that hold
+
+
+class PatientMessage(Base):
+    """A message that linked patients, or took a link back: sent again, it does nothing twice."""
+
+    __tablename__ = "patient_message"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)  # see `store.take_message`
+    taken_at: Mapped[datetime] = mapped_column(UTCDateTime)

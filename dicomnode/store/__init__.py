@@ -20,6 +20,7 @@ from dicomnode.store.answers import (
     regions_of,
 )
 from dicomnode.store.coverage import count_uncovered, cover_curves
+from dicomnode.store.identity import hold_identity, patient_keys
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -44,6 +45,18 @@ from dicomnode.store.outbox import (
     settle_delivery,
 )
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
+from dicomnode.store.patients import (
+    Changed,
+    Link,
+    LinkSource,
+    is_known,
+    issuers_of,
+    link_patients,
+    list_links,
+    take_message,
+    unlink_between,
+    unlink_patients,
+)
 from dicomnode.store.previews import prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.search import (
@@ -75,11 +88,14 @@ from dicomnode.store.values import (
 
 __all__ = [
     "Ask",
+    "Changed",
     "Claimed",
     "Delivery",
     "FoundPair",
     "Histogram",
     "KeptInputs",
+    "Link",
+    "LinkSource",
     "Match",
     "OpenSeries",
     "Page",
@@ -110,9 +126,14 @@ __all__ = [
     "finish_series",
     "has_lost_associations",
     "heights_of",
+    "hold_identity",
+    "is_known",
     "is_waiting",
+    "issuers_of",
     "kept_inputs",
+    "link_patients",
     "list_deliveries",
+    "list_links",
     "list_quarantined",
     "list_series",
     "manifest_of",
@@ -127,6 +148,7 @@ __all__ = [
     "opened",
     "origin_of",
     "pairs_of_fixed",
+    "patient_keys",
     "pending_offsets",
     "prune_previews",
     "quiet_at",
@@ -141,7 +163,10 @@ __all__ = [
     "stale_series",
     "statement_of",
     "store_offsets",
+    "take_message",
     "trust",
+    "unlink_between",
+    "unlink_patients",
     "windows",
     "writing",
 ]

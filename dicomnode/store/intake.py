@@ -1,6 +1,6 @@
 """From what arrives to a finished Series: slices, ends of associations, completion."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,8 +10,17 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, u
 from sqlalchemy.orm import Session
 
 from db import schema
-from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
+from dicomnode.model import (
+    Evidence,
+    PatientKey,
+    Reason,
+    Refusal,
+    ScoreCurve,
+    SeriesState,
+    SliceHeader,
+)
 from dicomnode.store.coverage import store_coverage
+from dicomnode.store.identity import hold_identity
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
 from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
@@ -48,6 +57,7 @@ def record_slices(session: Session, model: str, results: Sequence[SliceResult]) 
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
+    _hold_identity(session, by_series)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
         _record_series(session, model, by_series[series_uid])
 
@@ -156,6 +166,7 @@ def quiet_at(series: OpenSeries, quiet: timedelta) -> datetime | None:
 
 def claim_series(session: Session, series_id: int) -> Claimed | None:
     """Lock an open Series and return its slices; None where another worker has it."""
+    hold_identity(session)  # before the row is locked: who finishes it asks for its pairs
     query = select(schema.Series.id).where(
         schema.Series.id == series_id, schema.Series.state == SeriesState.OPEN
     )
@@ -220,17 +231,37 @@ def finish_series(
     return ask_offsets(session, series, outcome.model)
 
 
+def _hold_identity(session: Session, by_series: Mapping[str, list[SliceResult]]) -> None:
+    """Lock who is one patient, before any row: exclusively where a Series changes its patient."""
+    if session.get_bind().dialect.name != "postgresql":
+        return
+    columns = schema.Series.series_uid, schema.Series.study_uid
+    query = select(*columns, schema.Series.patient_id, schema.Series.issuer)
+    known = session.execute(query.where(schema.Series.series_uid.in_(by_series)))
+    moves = any(_moves(row, _speaker(by_series[row.series_uid])) for row in known)
+    hold_identity(session, exclusive=moves)
+
+
+def _speaker(results: Sequence[SliceResult]) -> SliceResult:
+    """Return the slice that says who the patient is: a sound one rather than a damaged one."""
+    return ([r for r in results if r.score is not None] or results)[-1]
+
+
+def _moves(known: Any, newest: SliceResult) -> bool:
+    """Whether a slice takes its Series, a row of it, to another patient or Study."""
+    header, patient = newest.header, newest.header.patient
+    return newest.score is not None and (
+        (known.patient_id, known.study_uid) != (patient.patient_id, header.study_uid)
+        # A sender that does not name the issuer does not take it away.
+        or (patient.issuer not in ("", known.issuer) and not header.issuer_is_default)
+    )
+
+
 def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
-    # Who the patient is, a sound slice says rather than a damaged one.
-    sound = [r for r in results if r.score is not None]
-    newest = (sound or results)[-1]
+    newest = _speaker(results)
     header, patient = newest.header, newest.header.patient
     series = _series_for_update(session, header, results[0].arrived_at)
-    moved = bool(sound) and (
-        (series.patient_id, series.study_uid) != (patient.patient_id, header.study_uid)
-        # A sender that does not name the issuer does not take it away.
-        or (patient.issuer not in ("", series.issuer) and not header.issuer_is_default)
-    )
+    moved = _moves(series, newest)
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
         results = [r for r in results if not _is_known(r, model, known)]
@@ -238,13 +269,16 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
             return
         reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
+        before = PatientKey(series.patient_id, series.issuer)
+        within_study = series.study_uid == header.study_uid
         same = series.patient_id == patient.patient_id
         series.issuer = patient.issuer or (series.issuer if same else "")
         series.patient_id = patient.patient_id
         series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
-        _drop_offsets(
-            session, series.id
-        )  # at once: they are between two patients, or within one study
+        # At once: they are between two patients, or within one study.
+        _drop_offsets(session, series.id)
+        if within_study:
+            _move_study(session, series, before)
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
@@ -271,6 +305,35 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
         )
         or 0
     )
+
+
+def _move_study(session: Session, series: schema.Series, before: PatientKey) -> None:
+    """Take the other Series of a Study along to the patient that one of them was corrected to.
+
+    A Study has one patient (PS3.3 A.1.2), and an archive may send again what changed alone. Series
+    of yet another patient stay: they have the UID of the Study by mistake.
+    """
+    others = session.scalars(
+        select(schema.Series)
+        .where(
+            schema.Series.study_uid == series.study_uid,
+            schema.Series.id != series.id,
+            schema.Series.patient_id == before.patient_id,
+            schema.Series.issuer == before.issuer,
+        )
+        .order_by(schema.Series.id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).all()
+    for other in others:
+        other.patient_id, other.issuer = series.patient_id, series.issuer
+        other.study_datetime = series.study_datetime
+        _drop_offsets(session, other.id)
+    session.flush()
+    for other in others:
+        curve = session.get(schema.Curve, other.id)
+        if curve is not None and other.state == SeriesState.CURVE:
+            ask_offsets(session, other, curve.model)
 
 
 def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import Evidence, SeriesState
+from dicomnode.store.identity import hold_identity
 from dicomnode.store.intake import claimed_slices, reopen
 from dicomnode.store.previews import read_previews
 from dicomnode.store.rows import instances
@@ -107,6 +108,7 @@ def exchange_scores(
     To be finished within the same transaction. None where the Series changed since `kept` was
     read: it is then left as it is.
     """
+    hold_identity(session)  # before the row is locked: its pairs are asked for anew
     series = session.scalar(
         select(schema.Series)
         .where(schema.Series.id == kept.series_id)
