@@ -40,6 +40,9 @@ class Act(Enum):
     LINES_LOST = ("audit lines lost", "110113", None, "E")
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")
+    PATIENTS_LINKED = ("patients linked", "110110", None, "U")  # Patient Record
+    PATIENTS_UNLINKED = ("patients unlinked", "110110", None, "U")
+    MESSAGE_REFUSED = ("message refused", "110110", None, "U")
 
     def __init__(self, event: str, code: str, type_code: str | None, action: str) -> None:
         self.event, self.code, self.type_code, self.action = event, code, type_code, action

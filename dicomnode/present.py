@@ -13,7 +13,7 @@ from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
 from dicomnode.spool.survey import Part
-from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
+from dicomnode.store import Histogram, Link, Match, SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
 
@@ -228,6 +228,36 @@ def match_table(matches: Sequence[Match]) -> Table:
             f"{m.height_mm[0]:.0f}..{m.height_mm[1]:.0f}" if m.height_mm else "",
             ", ".join(region.shown(m.coverage)),
             ", ".join([m.state if m.reason is None else f"{m.state}:{m.reason}", *m.flags]),
+        )
+    return table
+
+
+def link_json(link: Link) -> JSON:
+    """Return a link between two patient keys as the CLI prints it."""
+    return {
+        "id": link.id,
+        "merged": asdict(link.merged),
+        "into": asdict(link.into),
+        "source": link.source,
+        "control_id": link.control_id or None,
+        "linked_at": link.linked_at.isoformat(),
+        "unlinked_at": link.unlinked_at.isoformat() if link.unlinked_at else None,
+    }
+
+
+def link_table(links: Sequence[Link]) -> Table:
+    """Return links as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("id", justify="right")
+    for title in ("merged", "into", "by", "since", "taken back"):
+        table.add_column(title, overflow="fold")
+    for link in links:
+        table.add_row(
+            str(link.id),
+            *(f"{key.patient_id}^^^{key.issuer}" for key in (link.merged, link.into)),
+            " ".join(part for part in (link.source, link.control_id) if part),
+            f"{link.linked_at:%Y-%m-%d %H:%M}",
+            f"{link.unlinked_at:%Y-%m-%d %H:%M}" if link.unlinked_at else "",
         )
     return table
 
