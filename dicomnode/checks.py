@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +39,8 @@ def run(settings: Settings) -> Iterator[Check]:
     yield _try("database", lambda: _database(settings))
     yield _try("weights", lambda: _weights(settings))
     yield _try("device", lambda: _device(settings))
+    if settings.hl7.port is not None:
+        yield _try("hl7", lambda: _hl7(settings))
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
@@ -47,6 +50,9 @@ def run(settings: Settings) -> Iterator[Check]:
 def lines(settings: Settings) -> Iterator[str]:
     """Yield the resolved settings, one a line, passwords left out."""
     for section, values in settings.model_dump(mode="json").items():
+        if not isinstance(values, dict):  # the rules
+            yield f"{section} = {values!r}"
+            continue
         for key, value in values.items():
             shown = safe_url(value) if (section, key) == ("database", "url") else value
             yield f"{section}.{key} = {shown!r}"
@@ -174,6 +180,26 @@ def _device(settings: Settings) -> str:
     from dicomnode import weights
 
     return str(weights.pick_device(settings.score.device))
+
+
+def _hl7(settings: Settings) -> str:
+    from dicomnode.scp import tls
+
+    own = settings.hl7
+    if own.tls:
+        tls.server_context(settings.tls)
+    senders = ", ".join(own.senders) or "this machine"
+    where = f"{own.host}:{own.port}, {'with' if own.tls else 'without'} TLS, from {senders}"
+    family = socket.AF_INET6 if ":" in own.host else socket.AF_INET
+    try:
+        socket.create_server((own.host, own.port or 0), family=family).close()
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise NodeError(
+                f"hl7.host, hl7.port: cannot listen on {where}: {exc.strerror}"
+            ) from exc
+        return f"{where}; in use, by this node or another program"
+    return f"{where}; free"
 
 
 def _echo(peer: Peer, settings: Settings) -> str:

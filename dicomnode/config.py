@@ -80,6 +80,12 @@ def _fingerprint(value: str) -> str:
     return digits
 
 
+def _issuer(value: str) -> str:
+    if len(value) > 64 or "\\" in value or not value.isprintable():
+        raise ValueError("an issuer has 64 characters at most, and no backslash")
+    return value
+
+
 class Peer(_Section):
     """A DICOM node we know: who may send to us, and whom we may send to."""
 
@@ -350,6 +356,59 @@ class DeliverSettings(_Section):
     )
 
 
+class HL7Settings(_Section):
+    """Where messages that merge patients are listened for: nowhere without a port."""
+
+    port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on for HL7 version 2 messages over MLLP; unset, none.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. The default reaches this machine only.",
+    )
+    senders: tuple[Annotated[str, AfterValidator(_address)], ...] = Field(
+        default=(),
+        description="Addresses and networks that messages may come from; none: this machine alone.",
+    )
+    tls: bool = Field(
+        default=False, description="Whether it listens with TLS, with the certificate of [tls]."
+    )
+    issuers: Annotated[dict[str, Annotated[str, AfterValidator(_issuer)]], NoDecode] = Field(
+        default={},
+        description="Issuer of Patient ID (0010,0021) of an assigning authority (CX.4), by its "
+        "namespace, its universal ID, or both and the type as they are written. One that is not "
+        "here is taken by its namespace.",
+    )
+    default_issuer: str | None = Field(
+        default=None,
+        max_length=64,  # PS3.5 Table 6.2-1, LO
+        pattern=r"^[^\\]*$",
+        description="Issuer of identifiers without an assigning authority; unset, that of [node].",
+    )
+    identifier_types: tuple[str, ...] = Field(
+        default=("", "MR", "PI", "PT"),
+        description='Types of identifiers (CX.5) that are Patient IDs; "" where none is given.',
+    )
+    processing_ids: tuple[str, ...] = Field(
+        default=("P",), description="Processing IDs (MSH-11) of messages that are acted on."
+    )
+    idle_seconds: float = Field(
+        default=3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without a byte after which a connection is closed.",
+    )
+
+    @field_validator("issuers", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+
 class Rule(_Section):
     """What happens to a Series that an expression finds."""
 
@@ -393,6 +452,7 @@ class Settings(BaseSettings):
     series: SeriesSettings = SeriesSettings()
     keep: KeepSettings = KeepSettings()
     deliver: DeliverSettings = DeliverSettings()
+    hl7: HL7Settings = HL7Settings()
     rule: Annotated[tuple[Rule, ...], NoDecode] = ()
 
     @field_validator("rule", mode="before")
@@ -420,11 +480,18 @@ class Settings(BaseSettings):
                 raise ValueError(f"{key}: {title} is none of node.peers")
         return self
 
+    @model_validator(mode="after")
+    def _hl7_has_a_certificate(self) -> Self:
+        if self.hl7.tls and self.tls.certificate is None:
+            raise ValueError("hl7.tls: needs tls.certificate")
+        return self
+
     @property
     def exchanges(self) -> bool:
         """Whether there is anything for the part that talks to peers by itself."""
         deliver = self.deliver
-        return bool(deliver.registration or deliver.report or deliver.webhooks or self.rule)
+        delivers = deliver.registration or deliver.report or deliver.webhooks or self.rule
+        return bool(delivers or self.hl7.port is not None)
 
     def peer(self, ae_title: str) -> Peer | None:
         """Return the peer of an AE title, None where there is none any more."""
@@ -517,6 +584,8 @@ def _problem(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: no such setting"
     message = error["msg"].removeprefix("Value error, ")
+    if not key:  # of several settings together: it names them, and all there is would be the input
+        return message
     if error["type"] == "missing" or key.startswith("database"):  # a URL may hold a password
         return f"{key}: {message}"
     return f"{key}: {message}, got {error['input']!r}"

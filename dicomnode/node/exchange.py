@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
+from dicomnode.node.hl7 import HL7Listener
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ class Service(Protocol):
 
 def services_of(settings: Settings, engine: Engine) -> Sequence[Service]:
     """Return the services that the settings ask for."""
-    return ()
+    services: list[Service] = []
+    if settings.hl7.port is not None:
+        services.append(HL7Listener(settings, engine))
+    return services
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
@@ -52,9 +56,13 @@ def run(settings: Settings, stop: threading.Event) -> None:
                 stop.wait(RETRY_S[1])
         if engine is None:
             return
+        services = services_of(settings, engine)
+        for service in services:
+            # What a service holds open, beside its thread.
+            stack.callback(getattr(service, "close", lambda: None))
         threads = [
             threading.Thread(target=keep_on, args=(service, stop), name=service.name, daemon=True)
-            for service in services_of(settings, engine)
+            for service in services
         ]
         for thread in threads:
             thread.start()

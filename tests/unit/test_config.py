@@ -31,6 +31,32 @@ def settings_keys() -> list[tuple[str, str]]:
     ]
 
 
+def test_what_two_settings_do_wrong_together_shows_no_password(tmp_path):
+    text = '[database]\nurl = "postgresql://u:secret@h/d"\n[deliver]\nreport = ["X"]\n'
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, text))
+    assert str(caught.value) == "deliver.report: X is none of node.peers"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('issuers = { A = "x\\\\y" }', "hl7.issuers.A"),
+        ('senders = ["10.0.0"]', "hl7.senders.0"),
+        ("tls = true", "hl7.tls"),
+        ("port = 70000", "hl7.port"),
+    ],
+)
+def test_a_wrong_setting_of_the_listener_is_named(tmp_path, text, key):
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        config.load(write(tmp_path, f"[hl7]\n{text}\n"))
+
+
+def test_issuers_come_from_the_environment_too(monkeypatch):
+    monkeypatch.setenv("DICOMNODE_HL7__ISSUERS", '{"ADT1": "HOSPITAL"}')
+    assert config.load(None).hl7.issuers == {"ADT1": "HOSPITAL"}
+
+
 def test_the_sample_is_the_defaults():
     assert config.load(SAMPLE) == config.load(None)
 
