@@ -467,7 +467,7 @@ ACTS = st.lists(st.sampled_from(list(soak.ACTS)), min_size=5, max_size=40)
 
 @given(acts=ACTS, seed=st.integers(0, 1 << 30))
 @settings(
-    max_examples=12,
+    max_examples=8,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -12,6 +12,7 @@ said last. The store is asked through the functions of the node alone.
 import argparse
 import contextlib
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -393,8 +394,6 @@ def database(kind: str) -> Iterator[Engine]:
                 root = Path(folder) / "pg"
                 root.mkdir()
                 if user is not None:
-                    import shutil
-
                     Path(folder).chmod(0o755)
                     shutil.chown(root, user)
                 stack.enter_context(_serve_postgres(binaries, root, user))
