@@ -1,6 +1,7 @@
 """Where slices lie: normal, position along it, order, spacing, gaps, duplicates, tilt."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +116,33 @@ def stack(image_position: Floats, image_orientation: Floats) -> Stack:
             f"direction cosines differ by {spread:.4f} within one Series", Reason.NOT_ONE_STACK
         )
     z_mm = slice_positions(image_position, slice_normal(image_orientation[0]))
-    order = np.argsort(z_mm, kind="stable")
-    distinct = np.ones(len(order), bool)
-    last = -np.inf
-    for i, z in enumerate(z_mm[order]):  # against the last one kept, so that steps cannot creep
-        distinct[i] = z - last > SAME_POSITION_MM
-        last = z if distinct[i] else last
+    order, place = places(z_mm)
+    distinct = np.diff(place, prepend=-1) > 0
     flags = [] if distinct.all() else [Flag.DUPLICATE_POSITION]
     order = order[distinct]
     return Stack(order, z_mm[order], (*flags, *spacing_flags(z_mm[order])))
+
+
+def are_parallel(image_orientation: Sequence[tuple[float, ...]] | Floats) -> bool:
+    """Whether direction cosines, (N, 6), differ by no more than rounding: one stack."""
+    values = np.asarray(image_orientation, float).reshape(-1, 6)
+    return len(values) == 0 or bool(np.ptp(values, axis=0).max() <= ORTHONORMAL_TOLERANCE)
+
+
+def places(z_mm: Floats) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the order of positions, (N,) mm, and the number of the place of each in that order.
+
+    Slices nearer than `SAME_POSITION_MM` to the first one of a place are at that place. Of one
+    place they keep the order in which they were given.
+    """
+    order = np.argsort(z_mm, kind="stable")
+    place = np.zeros(len(order), np.intp)
+    first, number = -np.inf, -1
+    for i, z in enumerate(z_mm[order].tolist()):  # against the first, so that steps cannot creep
+        if z - first > SAME_POSITION_MM:
+            first, number = z, number + 1
+        place[i] = number
+    return order, place
 
 
 def spacing_flags(z_mm: Floats) -> tuple[Flag, ...]:
@@ -243,3 +262,35 @@ def plane(
 def is_transposed(image_orientation: Floats) -> bool:
     """Whether `to_patient_axes` swaps rows and columns (and so the two pixel spacings)."""
     return bool(abs(image_orientation[1]) > abs(image_orientation[0]))
+
+
+# Row and column directions of an image as seen from the foot end of the gantry, by Patient Position.
+_SEEN_FROM_GANTRY = {
+    "HFS": (1, 0, 0, 0, 1, 0),
+    "HFP": (-1, 0, 0, 0, -1, 0),
+    "HFDR": (0, 1, 0, -1, 0, 0),
+    "HFDL": (0, -1, 0, 1, 0, 0),
+    "FFS": (-1, 0, 0, 0, 1, 0),
+    "FFP": (1, 0, 0, 0, -1, 0),
+    "FFDR": (0, 1, 0, 1, 0, 0),
+    "FFDL": (0, -1, 0, -1, 0, 0),
+}
+
+
+def contradicts(patient_position: str, image_orientation: Floats | tuple[float, ...]) -> bool:
+    """Whether an axial image lies otherwise than a scanner writes it for that Patient Position.
+
+    It writes either what it sees, or turns the image so that the patient lies supine in it, seen
+    from the feet. Anything else says that somebody was mistaken about how the patient lay: the
+    body may be upside down in the image, or left and right exchanged. A Patient Position that is
+    not told, or is none of the eight of a table, contradicts nothing.
+
+    References
+    ----------
+    DICOM PS3.3 C.7.3.1.1.2 (Patient Position), C.7.6.2.1.1 (direction cosines).
+    """
+    seen = _SEEN_FROM_GANTRY.get(patient_position)
+    if seen is None:
+        return False
+    turned = tuple(round(value) for value in image_orientation)
+    return turned not in (seen, _SEEN_FROM_GANTRY["HFS"])
