@@ -118,6 +118,8 @@ class Slice(Base):
     image_orientation: Mapped[list[float] | None] = mapped_column(JSON)
     frame_of_reference_uid: Mapped[str] = mapped_column(UID)
     body_centre: Mapped[list[float] | None] = mapped_column(JSON)  # x, y, mm
+    # Values of `model.Acquisition`, in their order there; null: none is known.
+    acquisition: Mapped[list[Any] | None] = mapped_column(JSON)
     # The network input, packed; read only where it is asked for.
     preview: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
@@ -160,6 +162,8 @@ class Curve(Base):
     flags: Mapped[list[str]] = mapped_column(JSON)
     computed_at: Mapped[datetime] = mapped_column(UTCDateTime)
     body_centre: Mapped[bytes | None] = mapped_column(LargeBinary)  # (N, 2) <f8, NaN: unknown
+    # zlib of JSON: of each value of `model.Acquisition` a list, N long; read to reopen a Series.
+    acquisitions: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
 
 class Bundle(Base):
@@ -291,6 +295,22 @@ class Quarantined(Base):
     reason: Mapped[str] = mapped_column(String(40), index=True)
     detail: Mapped[str] = mapped_column(Text)  # never a patient attribute
     arrived_at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class Rejection(Base):
+    """An Instance that a rejection note names (IHE RAD TF, Imaging Object Change Management).
+
+    It is hidden while one of its rows is in force; whether it is here, or ever was, is no matter.
+    """
+
+    __tablename__ = "rejection"
+
+    sop_instance_uid: Mapped[str] = mapped_column(UID, primary_key=True)
+    note_uid: Mapped[str] = mapped_column(UID, primary_key=True)
+    code: Mapped[str] = mapped_column(String(16))  # the note's title, of scheme DCM
+    rejected_at: Mapped[datetime] = mapped_column(UTCDateTime)  # when the note arrived
+    # When the Instance was sent again, which ends the rejection for data retention; null: in force
+    restored_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
 
 
 class Delivery(Base):

@@ -38,6 +38,8 @@ class Act(Enum):
     CONNECTION_REFUSED = ("connection refused", "110113", "110126", "E")
     ASSOCIATION_REJECTED = ("association rejected", "110113", "110126", "E")
     LINES_LOST = ("audit lines lost", "110113", None, "E")
+    # DICOM Instances Accessed, of which there is no deletion but this one
+    REJECTED = ("instances rejected", "110103", None, "D")
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")
 

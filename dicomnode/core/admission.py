@@ -27,9 +27,9 @@ REFORMATS = frozenset(
     | {"MAXIMUM", "MINIMUM"}  # PS3.3 C.8.16.1.4, of Enhanced CT: projections
 )
 # Pictures of a screen and of a protocol, which some consoles write as CT Images.
-PICTURES = frozenset({"SCREEN SAVE", "SCREENSAVE", "SCREEN CAPTURE", "DOSE_INFO", "DOSE REPORT"}) | {
-    f"CT_SOM{version} PROT" for version in (5, 7)
-}
+PICTURES = frozenset(
+    {"SCREEN SAVE", "SCREENSAVE", "SCREEN CAPTURE", "DOSE_INFO", "DOSE REPORT"}
+) | {f"CT_SOM{version} PROT" for version in (5, 7)}
 # Beyond 45 degrees a slice is nearer coronal or sagittal than axial. Between the two limits
 # the gantry was tilted: a slice then shows several heights and its score means none of them.
 NON_AXIAL_DEGREES = 45.0

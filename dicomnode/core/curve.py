@@ -85,9 +85,7 @@ def assemble(
         flags.append(Flag.FRAME_OF_REFERENCE_VARIES)
     if refused or len(parallel) < len(given):
         flags.append(Flag.SLICES_REFUSED)
-    if any(
-        geometry.contradicts(s.acquisition.patient_position, s.image_orientation) for s in kept
-    ):
+    if any(geometry.contradicts(s.acquisition.patient_position, s.image_orientation) for s in kept):
         flags.append(Flag.PATIENT_POSITION)
     if other_model:
         flags.append(Flag.OTHER_MODEL)
@@ -104,9 +102,7 @@ def assemble(
     )
 
 
-def left_out(
-    curve: ScoreCurve, slices: Sequence[ScoredSlice]
-) -> dict[tuple[str, int], Reason]:
+def left_out(curve: ScoreCurve, slices: Sequence[ScoredSlice]) -> dict[tuple[str, int], Reason]:
     """Return SOP Instance UID and Frame -> why a scored slice is not in the curve of its Series."""
     members = set(zip(curve.sop_instance_uids, curve.frames, strict=True))
     kept = next(s for s in slices if (s.sop_instance_uid, s.frame) in members)

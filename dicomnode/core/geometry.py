@@ -264,7 +264,7 @@ def is_transposed(image_orientation: Floats) -> bool:
     return bool(abs(image_orientation[1]) > abs(image_orientation[0]))
 
 
-# Row and column directions of an image as seen from the foot end of the gantry, by Patient Position.
+# Patient Position -> row and column directions of an image as seen from the gantry's foot end.
 _SEEN_FROM_GANTRY = {
     "HFS": (1, 0, 0, 0, 1, 0),
     "HFP": (-1, 0, 0, 0, -1, 0),

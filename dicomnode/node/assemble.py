@@ -117,6 +117,6 @@ def outcome(session: Session, series_uid: str, claimed: store.Claimed) -> ScoreC
         series_uid=series_uid,
         model=claimed.model,
         heights=store.heights_of(session, claimed.model),
-        refused=len(claimed.set_aside),
+        refused=sum(reason != Reason.REJECTED for reason in claimed.set_aside.values()),
         other_model=claimed.other_model,
     )

@@ -64,8 +64,10 @@ class Worker:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
             stale = store.count_stale(session, bundle.digest)
         days = settings.keep.previews_days
-        self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
         self._audit = AuditLog(settings.audit_log)
+        self._score = ScoreStage(
+            spool, engine, scorer, issuers, keep_inputs=days > 0, audit=self._audit
+        )
         self._assemble = AssembleStage(
             engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit
         )

@@ -20,6 +20,7 @@ from dicomnode.store.answers import (
     regions_of,
 )
 from dicomnode.store.coverage import count_uncovered, cover_curves
+from dicomnode.store.hidden import rejected_of
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -45,6 +46,7 @@ from dicomnode.store.outbox import (
 )
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
 from dicomnode.store.previews import prune_previews
+from dicomnode.store.rejections import Hidden, count_rejected, record_rejection
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.search import (
     Histogram,
@@ -78,6 +80,7 @@ __all__ = [
     "Claimed",
     "Delivery",
     "FoundPair",
+    "Hidden",
     "Histogram",
     "KeptInputs",
     "Match",
@@ -95,6 +98,7 @@ __all__ = [
     "count_matches",
     "count_offsets",
     "count_quarantined",
+    "count_rejected",
     "count_series",
     "count_stale",
     "count_uncovered",
@@ -133,9 +137,11 @@ __all__ = [
     "reading",
     "record_model",
     "record_quarantined",
+    "record_rejection",
     "record_slices",
     "records",
     "regions_of",
+    "rejected_of",
     "settle_delivery",
     "sqlite_file",
     "stale_series",

@@ -10,11 +10,22 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, u
 from sqlalchemy.orm import Session
 
 from db import schema
+from dicomnode.core import curve
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
 from dicomnode.store.coverage import store_coverage
+from dicomnode.store.hidden import without_rejected
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
-from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
+from dicomnode.store.rows import (
+    SLICES,
+    acquisition_values,
+    acquisitions,
+    array,
+    body_centres,
+    curve_row,
+    instances,
+    scored_slices,
+)
 from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
@@ -45,6 +56,7 @@ def record_slices(session: Session, model: str, results: Sequence[SliceResult]) 
 
     A slice that its finished Series does not know yet reopens it.
     """
+    results = without_rejected(session, results)
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
@@ -198,9 +210,12 @@ def finish_series(
     series.revision += 1
     series.evidence = evidence
     series.finished_at = now
-    series.set_aside = {frame_key(*at): reason for at, reason in claimed.set_aside.items()}
+    set_aside = dict(claimed.set_aside)
+    if isinstance(outcome, ScoreCurve):
+        set_aside |= curve.left_out(outcome, claimed.slices)
+    series.set_aside = {frame_key(*at): reason for at, reason in set_aside.items()}
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
-    _drop_curve(session, series_id)
+    drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
         _delete_slices(session, series_id, claimed.set_aside)
         series.state, series.reason = outcome.reason.state, outcome.reason
@@ -344,6 +359,7 @@ def reopen(session: Session, series: schema.Series) -> None:
         positions = array(row.image_position, "<f8").reshape(-1, 3)
         centres = body_centres(row)
         scores = array(row.score, "<f4")
+        told = acquisitions(row)
         for i, (uid, frame, f) in enumerate(instances(row)):
             session.add(
                 schema.Slice(
@@ -357,10 +373,16 @@ def reopen(session: Session, series: schema.Series) -> None:
                     frame_of_reference_uid=row.frames_of_reference[f],
                     body_centre=None if centres is None else _finite(tuple(centres[i].tolist())),
                     preview=previews[i] if previews else None,
+                    acquisition=told[i] if told else None,
                 )
             )
+    # Scored slices that are in no curve have kept their rows.
+    rows = select(schema.Slice.sop_instance_uid, schema.Slice.frame)
+    kept = {(u, k) for u, k in session.execute(rows.where(schema.Slice.series_id == series.id))}
     for key, reason in series.set_aside.items():
         uid, frame = frame_of_key(key)
+        if (uid, frame) in kept:
+            continue
         session.add(
             schema.Slice(
                 series_id=series.id,
@@ -388,6 +410,7 @@ def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
         "frame_of_reference_uid": h.frame_of_reference_uid[:64],
         "body_centre": _finite(r.body_centre_mm),
         "preview": r.preview,
+        "acquisition": acquisition_values(h.acquisition),
     }
 
 
@@ -425,7 +448,8 @@ def _parts(items: list[tuple[str, int]], size: int) -> list[list[tuple[str, int]
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _drop_curve(session: Session, series_id: int) -> None:
+def drop_curve(session: Session, series_id: int) -> None:
+    """Drop the curve of a Series, and the offsets of its pairs."""
     session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
     _drop_offsets(session, series_id)
 

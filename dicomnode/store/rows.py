@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +15,7 @@ from dicomnode.core import region
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.region import Region
 from dicomnode.model import (
+    Acquisition,
     Evidence,
     Flag,
     Floats,
@@ -54,6 +56,7 @@ def curve_row(
         slope=curve.quality.slope,
         flags=list(curve.quality.flags),
         computed_at=now,
+        acquisitions=_packed([s.acquisition for s in slices]),
         body_centre=None
         if curve.body_centre_mm is None
         else curve.body_centre_mm.astype("<f8").tobytes(),
@@ -154,12 +157,13 @@ SLICES = select(
     cast(schema.Slice.image_orientation, Text),
     schema.Slice.frame_of_reference_uid,
     cast(schema.Slice.body_centre, Text),
+    cast(schema.Slice.acquisition, Text),
 )
 
 
 def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
     """Return slices that have a score, of rows of `SLICES`."""
-    positions, orientations, centres = (_lists(rows, column) for column in (5, 6, 8))
+    positions, orientations, centres, told = (_lists(rows, column) for column in (5, 6, 8, 9))
     return tuple(
         ScoredSlice(
             sop_instance_uid=row[0],
@@ -169,9 +173,10 @@ def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
             score=row[3],
             frame_of_reference_uid=row[7],
             body_centre_mm=(centre[0], centre[1]) if centre else None,
+            acquisition=Acquisition(*values) if values else Acquisition(),
         )
-        for row, position, orientation, centre in zip(
-            rows, positions, orientations, centres, strict=True
+        for row, position, orientation, centre, values in zip(
+            rows, positions, orientations, centres, told, strict=True
         )
     )
 
@@ -191,6 +196,30 @@ def body_centres(row: schema.Curve) -> Floats | None:
     if row.body_centre is None:
         return None
     return array(row.body_centre, "<f8").astype(np.float64).reshape(-1, 2)
+
+
+def acquisition_values(acquisition: Acquisition) -> list[Any]:
+    """Return what is stored of what tells a slice apart from others of its place."""
+    # A time or name that is longer is none; a file may say anything.
+    values = (getattr(acquisition, name) for name in _OF_ACQUISITION)
+    return [value[:64] if isinstance(value, str) else value for value in values]
+
+
+def acquisitions(row: schema.Curve) -> list[list[Any]] | None:
+    """Return the values of each slice of a stored curve; None where none were stored."""
+    if row.acquisitions is None:
+        return None
+    columns = json.loads(zlib.decompress(row.acquisitions))
+    return [list(values) for values in zip(*columns, strict=True)]
+
+
+def _packed(told: list[Acquisition]) -> bytes:
+    # Value by value, since most are alike for all slices.
+    columns = [list(column) for column in zip(*map(acquisition_values, told), strict=True)]
+    return zlib.compress(json.dumps(columns, separators=(",", ":")).encode())
+
+
+_OF_ACQUISITION = tuple(field.name for field in fields(Acquisition))
 
 
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:
