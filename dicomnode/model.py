@@ -268,7 +268,7 @@ class Quality:
 class ScoreCurve:
     """Slice scores of one Series against position.
 
-    z_mm is strictly increasing along the slice normal (patient coordinates, LPS);
+    z_mm is where each slice cuts the patient's long axis (LPS, x = y = 0), strictly increasing;
     score, height_mm, sop_instance_uids and frames run parallel to it.
     """
 

@@ -25,7 +25,7 @@ class SeriesCurve:
 
     series: SeriesRow
     curve: ScoreCurve | None
-    live_z_mm: Floats  # (n,) positions along the slice normal, feet to head
+    live_z_mm: Floats  # (n,) positions along the long axis, feet to head
     live_height_mm: Floats  # (n,)
     regions: tuple[Region, ...] = ()  # of the bundle that made the curve
 
@@ -43,7 +43,7 @@ def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
             return SeriesCurve(rows[0], found, np.empty(0), np.empty(0), regions)
         heights = store.heights_of(session, opened.model)
     normal = geometry.slice_normal(np.array(opened.slices[0].image_orientation))
-    z_mm = geometry.slice_positions(np.array([s.image_position for s in opened.slices]), normal)
+    z_mm = geometry.axis_positions(np.array([s.image_position for s in opened.slices]), normal)
     order = np.argsort(z_mm)
     height_mm = heights([s.score for s in opened.slices])
     return SeriesCurve(rows[0], found, z_mm[order], height_mm[order])

@@ -19,7 +19,7 @@ MOST = 0.5
 def one_stack(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
     """Return the slices of the largest stack, where stacks of several orientations are told.
 
-    Stack ID tells them, of Enhanced CT. All of the slices where it does not.
+    Stack ID tells them, of Enhanced CT. All of the slices where it does not, or is wrong.
 
     References
     ----------
@@ -32,6 +32,8 @@ def one_stack(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
         # Stack IDs of two Instances need not mean the same.
         stacks.setdefault((s.sop_instance_uid, s.acquisition.stack_id), []).append(s)
     largest = max(stacks.values(), key=len)
+    if not _are_parallel(largest):
+        return list(slices)
     return [
         s
         for stack in stacks.values()
@@ -61,7 +63,7 @@ def most_complete(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
         return []
     normal = geometry.slice_normal(slices[0].image_orientation)
     position = np.array([s.image_position for s in slices], float)
-    order, place = geometry.places(geometry.slice_positions(position, normal))
+    order, place = geometry.places(geometry.axis_positions(position, normal))
     count = int(place[-1]) + 1
     if count == len(slices):
         return list(slices)
