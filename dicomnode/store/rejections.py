@@ -1,6 +1,5 @@
 """Rejection notes: what they name is hidden, and the Series it belongs to is finished anew."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -134,13 +133,15 @@ _NOTHING = dict.fromkeys(
 )
 
 
-def _members(session: Session, series: schema.Series) -> Iterable[tuple[str, str | None]]:
+def _members(session: Session, series: schema.Series) -> list[tuple[str, str | None]]:
     """SOP Instance UID of each Frame, and why it was set aside; None where it was not."""
-    if series.state != SeriesState.OPEN:
-        for key, reason in series.set_aside.items():
-            yield frame_of_key(key)[0], reason
-        row = session.get(schema.Curve, series.id)
-        if row is not None:
-            yield from ((uid, None) for uid, _, _ in instances(row))
     query = select(schema.Slice.sop_instance_uid, schema.Slice.reason)
-    yield from session.execute(query.where(schema.Slice.series_id == series.id)).tuples()
+    rows = session.execute(query.where(schema.Slice.series_id == series.id))
+    found = [(uid, reason) for uid, reason in rows]
+    if series.state == SeriesState.OPEN:
+        return found
+    found += [(frame_of_key(key)[0], reason) for key, reason in series.set_aside.items()]
+    row = session.get(schema.Curve, series.id)
+    if row is not None:
+        found += [(uid, None) for uid, _, _ in instances(row)]
+    return found

@@ -3,7 +3,6 @@
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import fields
 from datetime import datetime
 from typing import Any
 
@@ -200,9 +199,10 @@ def body_centres(row: schema.Curve) -> Floats | None:
 
 def acquisition_values(acquisition: Acquisition) -> list[Any]:
     """Return what is stored of what tells a slice apart from others of its place."""
-    # A time or name that is longer is none; a file may say anything.
-    values = (getattr(acquisition, name) for name in _OF_ACQUISITION)
-    return [value[:64] if isinstance(value, str) else value for value in values]
+    a = acquisition
+    # A time or name that is longer is none; a file may say anything. In the order of the class.
+    texts = (text[:64] for text in (a.content_time, a.stack_id, a.patient_position))
+    return [a.acquisition_number, a.temporal_position, a.trigger_time_ms, *texts]
 
 
 def acquisitions(row: schema.Curve) -> list[list[Any]] | None:
@@ -217,9 +217,6 @@ def _packed(told: list[Acquisition]) -> bytes:
     # Value by value, since most are alike for all slices.
     columns = [list(column) for column in zip(*map(acquisition_values, told), strict=True)]
     return zlib.compress(json.dumps(columns, separators=(",", ":")).encode())
-
-
-_OF_ACQUISITION = tuple(field.name for field in fields(Acquisition))
 
 
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:

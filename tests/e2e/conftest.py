@@ -699,7 +699,7 @@ def network_namespace() -> Iterator[list[str]]:
 def orthanc(
     folder: Path, prefix: Sequence[str], *, node_port: int, stable_age_s: int = 1
 ) -> Iterator[int]:
-    """Give the DICOM port of an Orthanc that forwards every CT Series to the node.
+    """Give the DICOM port of an Orthanc that forwards CT, and Key Objects, to the node.
 
     It listens on every address: only in a network of its own.
     """
@@ -757,7 +757,7 @@ def orthanc(
 # Priority of 0.0 is refused, silently.
 FORWARD = """\
 function OnStableSeries(seriesId, tags, metadata)
-   if tags['Modality'] ~= 'CT' then return end
+   if tags['Modality'] ~= 'CT' and tags['Modality'] ~= 'KO' then return end
    local body = '{"Resources":["' .. seriesId .. '"],"Synchronous":false,"Priority":0}'
    if RestApiPost('/modalities/dicomnode/store', body) == nil then
       print('forward: series ' .. seriesId .. ' was refused')

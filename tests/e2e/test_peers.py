@@ -6,7 +6,9 @@ from contextlib import ExitStack
 from datetime import datetime
 
 import pytest
+from pydicom.sr.codedict import codes
 
+from dicomnode import store
 from dicomnode.model import Evidence, Reason, SeriesState
 from dicomnode.store import SeriesRow
 from tests.e2e import everything
@@ -25,6 +27,7 @@ from tests.e2e.conftest import (
     scan,
     skip,
 )
+from tests.integration.test_rejection import note
 
 # Orthanc
 
@@ -56,6 +59,19 @@ def test_orthanc_forwards_two_timepoints_and_a_localizer(tmp_path):
         node.idle()
         answer = node.json("offset", follow_up.study_uid, prior.study_uid)
         assert abs(answer["offset_mm"] - 90.0) <= 10.0
+        # The archive takes the two lowest slices of the prior back, then the whole follow-up.
+        for taken, left in ((prior.slices[:2], prior), (follow_up.slices, follow_up)):
+            ko = note(codes.DCM.RejectedForQualityReasons, *taken)
+            save([ko], tmp_path / "ko" / ko.SOPInstanceUID)
+            run([*prefix, *dcmsend(port, tmp_path / "ko", options=["-aec", "ORTHANC"])])
+            node.finished(ko.SeriesInstanceUID, 1)
+            node.idle()
+            uids = {ds.SOPInstanceUID for ds in taken}
+            assert node.curve_uids(left.series_uid) == left.uids - uids
+        row = node.finished(follow_up.series_uid)
+        assert (row.state, row.reason) == (SeriesState.IGNORED, Reason.REJECTED)
+        with store.reading(node.engine) as session:
+            assert store.offsets_of(session) == []
 
 
 # Real CT
