@@ -99,6 +99,9 @@ class Series(Base):
     first_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
     last_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # DICOM keyword -> text of one of its Instances, for objects that refer to the Series: of the
+    # patient, so it leaves the database in these alone. Null: it came before schema 0005.
+    header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 
 class Slice(Base):
@@ -111,6 +114,7 @@ class Slice(Base):
     )
     sop_instance_uid: Mapped[str] = mapped_column(UID, primary_key=True)
     frame: Mapped[int] = mapped_column(primary_key=True)
+    sop_class_uid: Mapped[str | None] = mapped_column(UID)
     model: Mapped[str | None] = mapped_column(String(64))
     score: Mapped[float | None] = mapped_column(Float(53))
     reason: Mapped[str | None] = mapped_column(String(40))
@@ -118,6 +122,8 @@ class Slice(Base):
     image_orientation: Mapped[list[float] | None] = mapped_column(JSON)
     frame_of_reference_uid: Mapped[str] = mapped_column(UID)
     body_centre: Mapped[list[float] | None] = mapped_column(JSON)  # x, y, mm
+    # Values of `model.Acquisition`, in their order there; null: none is known.
+    acquisition: Mapped[list[Any] | None] = mapped_column(JSON)
     # The network input, packed; read only where it is asked for.
     preview: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
@@ -150,9 +156,13 @@ class Curve(Base):
     score: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <f4
     image_position: Mapped[bytes] = mapped_column(LargeBinary)  # (N, 3) <f8
     image_orientation: Mapped[list[float]] = mapped_column(JSON)  # (6,)
-    # zlib of JSON: [[SOP Instance UID, frame, index into frames_of_reference], ...], N long
+    # zlib of JSON: [[SOP Instance UID, frame, index into frames_of_reference, index into
+    # sop_classes], ...], N long
     instances: Mapped[bytes] = mapped_column(LargeBinary)
     frames_of_reference: Mapped[list[str]] = mapped_column(JSON)
+    # Null, and no fourth index in `instances`: the curve came before schema 0005. In it, null is
+    # that of slices of such a curve.
+    sop_classes: Mapped[list[str | None] | None] = mapped_column(JSON(none_as_null=True))
     height_min_mm: Mapped[float] = mapped_column(Float(53))
     height_max_mm: Mapped[float] = mapped_column(Float(53))
     pearson_r: Mapped[float] = mapped_column(Float(53))
@@ -160,6 +170,8 @@ class Curve(Base):
     flags: Mapped[list[str]] = mapped_column(JSON)
     computed_at: Mapped[datetime] = mapped_column(UTCDateTime)
     body_centre: Mapped[bytes | None] = mapped_column(LargeBinary)  # (N, 2) <f8, NaN: unknown
+    # zlib of JSON: of each value of `model.Acquisition` a list, N long; read to reopen a Series.
+    acquisitions: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)
 
 
 class Bundle(Base):
@@ -293,6 +305,22 @@ class Quarantined(Base):
     arrived_at: Mapped[datetime] = mapped_column(UTCDateTime)
 
 
+class Rejection(Base):
+    """An Instance that a rejection note names (IHE RAD TF, Imaging Object Change Management).
+
+    It is hidden while one of its rows is in force; whether it is here, or ever was, is no matter.
+    """
+
+    __tablename__ = "rejection"
+
+    sop_instance_uid: Mapped[str] = mapped_column(UID, primary_key=True)
+    note_uid: Mapped[str] = mapped_column(UID, primary_key=True)
+    code: Mapped[str] = mapped_column(String(16))  # the note's title, of scheme DCM
+    rejected_at: Mapped[datetime] = mapped_column(UTCDateTime)  # when the note arrived
+    # When the Instance was sent again, which ends the rejection for data retention; null: in force
+    restored_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
 class Delivery(Base):
     """Something that goes to a destination: the outbox, one row for what is to be there.
 
@@ -309,6 +337,10 @@ class Delivery(Base):
         Index("ix_delivery_state_due_at", "state", "due_at"),
         Index("ix_delivery_subject", "subject"),
         Index("ix_delivery_transaction_uid", "transaction_uid"),
+        # A destination that is down does not hide what waits for another.
+        Index("ix_delivery_destination_state_due_at", "destination", "state", "due_at"),
+        Index("ix_delivery_commitment_due_at", "commitment_due_at"),
+        Index("ix_delivery_sop_instance_uid", "sop_instance_uid"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -328,4 +360,136 @@ class Delivery(Base):
     sop_class_uid: Mapped[str | None] = mapped_column(UID)
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last
     transaction_uid: Mapped[str | None] = mapped_column(UID)  # of Storage Commitment
-    commitment: Mapped[str | None] = mapped_column(String(16))  # asked, committed, failed
+    commitment: Mapped[str | None] = mapped_column(String(16))  # wanted, asked, committed, ...
+    commitment_due_at: Mapped[datetime | None] = mapped_column(UTCDateTime)  # to ask, or ask again
+    commitment_attempts: Mapped[int] = mapped_column(server_default=text("0"))
+
+
+class Inquiry(Base):
+    """A question to a peer: which earlier Studies of a patient, or which Studies of a day it has.
+
+    Of a patient there is one for each Study that asks, written together with the Study's first
+    Series, so that none is forgotten and none asked twice.
+    """
+
+    __tablename__ = "inquiry"
+    __table_args__ = (
+        UniqueConstraint("cause", "peer", "subject", name="uq_inquiry_what"),
+        Index("ix_inquiry_peer_state_due_at", "peer", "state", "due_at"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    cause: Mapped[str] = mapped_column(String(16))  # prior, catch_up
+    peer: Mapped[str] = mapped_column(String(64))  # AE title, or name of a DICOMweb server
+    subject: Mapped[str] = mapped_column(UID)  # UID of the Study that asks, or day as 20260131
+    version: Mapped[int]  # how often it was asked for
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]  # since it was last asked for
+    asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    due_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    reason: Mapped[str | None] = mapped_column(Text)  # no patient attribute
+    studies: Mapped[int | None]  # of the answer, those that were wanted
+    series: Mapped[int | None]  # that were asked for because of it
+
+
+class Fetch(Base):
+    """A Series that a peer is asked for: one row, whatever asks for it.
+
+    It is there before the Series is asked for: a Study with a row as a prior is known to have come
+    by our own asking, and asks for nothing itself.
+    """
+
+    __tablename__ = "fetch"
+    __table_args__ = (
+        Index("ix_fetch_peer_state_due_at", "peer", "state", "due_at"),
+        Index("ix_fetch_study_uid", "study_uid"),
+        Index("ix_fetch_asked_by", "asked_by"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    series_uid: Mapped[str] = mapped_column(UID, unique=True)
+    study_uid: Mapped[str] = mapped_column(UID)
+    peer: Mapped[str] = mapped_column(String(64))
+    cause: Mapped[str] = mapped_column(String(16))
+    asked_by: Mapped[str] = mapped_column(UID)  # the Study that asks; the day, of catching up
+    study_date: Mapped[str] = mapped_column(String(8))  # as the peer answered, YYYYMMDD, or empty
+    expected: Mapped[int | None]  # NumberOfSeriesRelatedInstances, as the peer answered last
+    version: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int]
+    asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    due_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    reason: Mapped[str | None] = mapped_column(Text)
+    # Of the last attempt: sub-operations of the C-MOVE, or Instances by DICOMweb.
+    completed: Mapped[int | None]
+    failed: Mapped[int | None]
+    warning: Mapped[int | None]
+
+
+class Turn(Base):
+    """When a peer may be asked for something again, by whichever process."""
+
+    __tablename__ = "turn"
+
+    peer: Mapped[str] = mapped_column(String(64), primary_key=True)
+    next_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    failures: Mapped[int]  # in a row, to reach it at all
+    reason: Mapped[str | None] = mapped_column(Text)  # of the last of them
+
+
+class Heartbeat(Base):
+    """When a part of the node was last known to be up."""
+
+    __tablename__ = "heartbeat"
+
+    part: Mapped[str] = mapped_column(String(32), primary_key=True)
+    at: Mapped[datetime] = mapped_column(UTCDateTime)
+
+
+class PatientLink(Base):
+    """Two patient keys that are one patient, as somebody said; taken back where a time says so.
+
+    Keys are those of headers, (PatientID, issuer). Which keys are one patient today follows from
+    all links that hold, in whatever order they came: `patient_member` says it.
+    """
+
+    __tablename__ = "patient_link"
+    __table_args__ = (
+        Index("ix_patient_link_merged", "merged_id", "merged_issuer"),
+        Index("ix_patient_link_into", "into_id", "into_issuer"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    merged_id: Mapped[str] = mapped_column(String(64))
+    merged_issuer: Mapped[str] = mapped_column(String(64))
+    into_id: Mapped[str] = mapped_column(String(64))
+    into_issuer: Mapped[str] = mapped_column(String(64))
+    source: Mapped[str] = mapped_column(String(8))  # cli, hl7
+    control_id: Mapped[str] = mapped_column(String(199))  # MSH-10 of the message, empty: none
+    linked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    unlinked_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+
+
+class PatientMember(Base):
+    """Which patient keys are one patient: those of one group. A key without a row is alone.
+
+    Worked out from `patient_link` whenever that changes, and nothing else.
+    """
+
+    __tablename__ = "patient_member"
+    __table_args__ = (Index("ix_patient_member_group_id", "group_id"),)
+
+    patient_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    issuer: Mapped[str] = mapped_column(String(64), primary_key=True)
+    group_id: Mapped[int]  # the lowest id of its links that hold
+
+
+class PatientMessage(Base):
+    """A message that linked patients, or took a link back: sent again, it does nothing twice."""
+
+    __tablename__ = "patient_message"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)  # see `store.take_message`
+    taken_at: Mapped[datetime] = mapped_column(UTCDateTime)

@@ -33,13 +33,22 @@ class Act(Enum):
     # Begin Transferring DICOM Instances; an echo alone is an association too.
     ASSOCIATION_OPENED = ("association opened", "110102", None, "E")
     ASSOCIATION_ENDED = ("association ended", "110104", None, "C")  # DICOM Instances Transferred
+    INSTANCES_SENT = ("instances sent", "110104", None, "R")  # DICOM Instances Transferred
     SERIES_RECEIVED = ("series received", "110103", None, "C")  # DICOM Instances Accessed
     # Security Alert, Node Authentication
     CONNECTION_REFUSED = ("connection refused", "110113", "110126", "E")
     ASSOCIATION_REJECTED = ("association rejected", "110113", "110126", "E")
     LINES_LOST = ("audit lines lost", "110113", None, "E")
+    # DICOM Instances Accessed, of which there is no deletion but this one
+    REJECTED = ("instances rejected", "110103", None, "D")
+    DROPPED = ("deliveries dropped", "110106", None, "E")
+    REQUEUED = ("deliveries requeued", "110106", None, "E")  # Export
     QUERY = ("query", "110112", None, "E")
+    RETRIEVE = ("retrieve", "110104", None, "C")  # DICOM Instances Transferred
     IMPORT = ("import", "110107", None, "C")
+    PATIENTS_LINKED = ("patients linked", "110110", None, "U")  # Patient Record
+    PATIENTS_UNLINKED = ("patients unlinked", "110110", None, "U")
+    MESSAGE_REFUSED = ("message refused", "110110", None, "U")
 
     def __init__(self, event: str, code: str, type_code: str | None, action: str) -> None:
         self.event, self.code, self.type_code, self.action = event, code, type_code, action

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -13,7 +15,8 @@ from dicomnode import store
 from dicomnode.audit import AuditLog
 from dicomnode.config import Peer, Settings
 from dicomnode.errors import ConfigError, NodeError
-from dicomnode.spool import Spool
+from dicomnode.rules import Rules
+from dicomnode.spool import Disk, Spool
 
 PEER_TIMEOUT_S = 5.0
 
@@ -38,18 +41,35 @@ def run(settings: Settings) -> Iterator[Check]:
     yield _try("database", lambda: _database(settings))
     yield _try("weights", lambda: _weights(settings))
     yield _try("device", lambda: _device(settings))
+    if settings.keep.dicom_path is not None:
+        yield _try("keep", lambda: _keep(settings))
+    yield from _rules(settings)
+    if settings.hl7.port is not None:
+        yield _try("hl7", lambda: _hl7(settings))
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
         yield _try(f"peer {peer.ae_title}", lambda p=peer: _echo(p, settings))  # type: ignore[misc]
+    for name in settings.priors.asked:
+        yield _try(f"priors {name}", lambda n=name: _priors(n, settings))  # type: ignore[misc]
+    for title in _takers(settings):
+        yield _try(f"deliver {title}", lambda t=title: _takes(t, settings))  # type: ignore[misc]
+    for url in _hooks(settings):
+        name = f"webhook {urlsplit(url).netloc}"
+        yield _try(name, lambda u=url: _reach(u, settings))  # type: ignore[misc]
 
 
 def lines(settings: Settings) -> Iterator[str]:
     """Yield the resolved settings, one a line, passwords left out."""
     for section, values in settings.model_dump(mode="json").items():
-        for key, value in values.items():
-            shown = safe_url(value) if (section, key) == ("database", "url") else value
-            yield f"{section}.{key} = {shown!r}"
+        if isinstance(values, dict):
+            sections = {section: values}
+        else:  # [[rule]], each with a name of its own
+            sections = {f"{section}.{one['name']}": one for one in values}
+        for name, keys in sections.items():
+            for key, value in keys.items():
+                shown = safe_url(value) if (section, key) == ("database", "url") else value
+                yield f"{name}.{key} = {shown!r}"
 
 
 def safe_url(url: str) -> str:
@@ -176,29 +196,121 @@ def _device(settings: Settings) -> str:
     return str(weights.pick_device(settings.score.device))
 
 
-def _echo(peer: Peer, settings: Settings) -> str:
-    from pynetdicom import AE, build_context
-    from pynetdicom.sop_class import Verification
+def _hl7(settings: Settings) -> str:
+    from dicomnode.scp import tls
 
-    ae = AE(settings.node.ae_title)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = PEER_TIMEOUT_S
-    where = f"{peer.host}:{peer.port}"
-    contexts = [build_context(Verification)]
-    tls_args = None
-    if peer.tls:
-        from dicomnode.scp import tls
-
-        context = tls.client_context(settings.tls, peer)
-        tls_args = (context, peer.certificate_name or peer.host)
-    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title, tls_args=tls_args)
-    if not assoc.is_established:
-        raise NodeError(f"no association with {where}")
+    own = settings.hl7
+    if own.tls:
+        tls.server_context(settings.tls)
+    senders = ", ".join(own.senders) or "this machine"
+    where = f"{own.host}:{own.port}, {'with' if own.tls else 'without'} TLS, from {senders}"
+    family = socket.AF_INET6 if ":" in own.host else socket.AF_INET
     try:
-        if peer.tls and not tls.accepts(peer, tls.certificate_of(assoc.dul.socket.socket)):
-            raise NodeError(f"{where} shows another certificate than node.peers says")
-        status = assoc.send_c_echo()
-        if status.get("Status") != 0x0000:
-            raise NodeError(f"{where} does not answer C-ECHO")
-    finally:
-        assoc.release()
-    return f"{where} answers C-ECHO"
+        socket.create_server((own.host, own.port or 0), family=family).close()
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise NodeError(
+                f"hl7.host, hl7.port: cannot listen on {where}: {exc.strerror}"
+            ) from exc
+        return f"{where}; in use, by this node or another program"
+    return f"{where}; free"
+
+
+def _keep(settings: Settings) -> str:
+    folder = settings.keep.dicom_path
+    assert folder is not None  # the caller looked
+    there = next(
+        parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()
+    )
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise NodeError(f"keep.dicom_path: {there} is no folder to write to")
+    made = "" if there == folder.absolute() else ", to be made by the node"
+    return f"{folder}{made}, {Disk().free_bytes(there) / 1e9:.1f} GB free"
+
+
+def _rules(settings: Settings) -> Iterator[Check]:
+    try:
+        rules = Rules.of(settings)
+    except NodeError as exc:
+        yield Check("rules", False, str(exc))
+        return
+    if not rules.rules:
+        return
+    try:
+        with store.opened(settings.database.url) as engine, store.reading(engine) as session:
+            counts = [f"it is met by {n} of the Series stored" for _, n in rules.count(session)]
+    except NodeError:  # no database yet, or none that answers: that is told above
+        counts = ["it can be read"] * len(rules.rules)
+    for rule, count in zip(rules.rules, counts, strict=True):
+        # Of a URL the host alone: the rest may hold a key.
+        to = rule.send_to or urlsplit(rule.webhook or "").netloc
+        yield Check(f"rule {rule.name}", True, f"to {to}; {count}")
+
+
+def _echo(peer: Peer, settings: Settings) -> str:
+    from dicomnode.scu.association import echo
+
+    echo(settings, peer, PEER_TIMEOUT_S)
+    return f"{peer.host}:{peer.port} answers C-ECHO"
+
+
+def _priors(name: str, settings: Settings) -> str:
+    from dicomnode.scu.archive import archive_of
+
+    message = archive_of(settings, name).check()
+    hours = f", from {settings.priors.hours}" if settings.priors.hours else ""
+    return f"{message}; {settings.priors.per_minute:g} requests a minute at most{hours}"
+
+
+def _takers(settings: Settings) -> list[str]:
+    """Return the peers that get objects of ours."""
+    return list(dict.fromkeys((*settings.deliver.registration, *settings.deliver.report)))
+
+
+def _takes(ae_title: str, settings: Settings) -> str:
+    """Tell what of ours a peer accepts, by proposing it."""
+    from pydicom.uid import Comprehensive3DSRStorage, SpatialRegistrationStorage
+    from pynetdicom import build_context
+    from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+
+    from dicomnode.scu.association import associated
+    from dicomnode.scu.storage import UNCOMPRESSED
+
+    deliver = settings.deliver
+    wanted = []
+    if ae_title in deliver.registration:
+        wanted.append(("Spatial Registration", SpatialRegistrationStorage))
+    if ae_title in deliver.report:
+        wanted.append(("Comprehensive 3D SR", Comprehensive3DSRStorage))
+    contexts = [build_context(uid, list(UNCOMPRESSED)) for _, uid in wanted]
+    contexts += [build_context(StorageCommitmentPushModel), build_context(Verification)]
+    peer = settings.peer(ae_title)
+    assert peer is not None  # the settings saw to it
+    with associated(settings, peer, contexts, acse_s=PEER_TIMEOUT_S) as link:
+        refused = [name for name, uid in wanted if not link.accepted(uid)]
+        commits = bool(link.accepted(StorageCommitmentPushModel))
+    if refused:
+        raise NodeError(f"does not take {', '.join(refused)}: allow it at the peer")
+    told = f"takes {', '.join(name for name, _ in wanted)}"
+    if not deliver.commitment:
+        return told
+    if commits and not peer.calling:
+        raise NodeError(
+            f"{told}; its answers to Storage Commitment come as associations, and "
+            "node.peers says that it does not call"
+        )
+    return f"{told}; {'offers' if commits else 'does not offer'} Storage Commitment"
+
+
+def _hooks(settings: Settings) -> list[str]:
+    """Return the URLs of all webhooks."""
+    urls = [*settings.deliver.webhooks, *(r.webhook for r in settings.rule if r.webhook)]
+    return list(dict.fromkeys(urls))
+
+
+def _reach(url: str, settings: Settings) -> str:
+    from dicomnode.outgoing import webhook
+
+    secret = webhook.read_secret(settings.deliver.webhook_secret_file)
+    webhook.reach(url)
+    return "can be reached" + ("" if secret else "; what it gets is not signed")

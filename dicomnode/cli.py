@@ -28,10 +28,20 @@ from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
 from dicomnode.errors import ConfigError, ExpressionError, NodeError, ObjectError, WeightsError
-from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
+from dicomnode.model import (
+    DeliveryState,
+    FetchState,
+    Method,
+    OffsetStatus,
+    PatientKey,
+    Refusal,
+    ScoreCurve,
+    SeriesState,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
 
     from dicomnode.core.region import Region
     from dicomnode.files import ScoredFiles, ScoredSeries
@@ -245,6 +255,7 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
     from dicomnode import device, store, weights
     from dicomnode import rescore as rescoring
     from dicomnode.node.score import Scorer
+    from dicomnode.outgoing.asking import Asking
 
     settings = configuration.load(_config_path(config))
     own = weights.load(settings.score.model)
@@ -262,7 +273,7 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
                 _nothing("still arriving: a Series is scored anew once it is finished")
         plan = rescoring.plan(engine, bundle, series_uid)
         with _progress("rescoring", len(plan.series)) as advance:
-            summary = rescoring.run(engine, scorer, plan.series, advance)
+            summary = rescoring.run(engine, scorer, plan.series, advance, Asking(settings))
     if as_json:
         _print_json(
             {
@@ -460,6 +471,73 @@ def series(
 
 
 @main.command()
+@click.option("--state", type=click.Choice([s.value for s in FetchState]))
+@click.option("--peer", help="AE title, or name of a DICOMweb server.")
+@click.option(
+    "--requeue",
+    multiple=True,
+    metavar="UID",
+    help="Queue again what was given up: UID of a Series or Study, or all.",
+)
+@click.option("--limit", default=200, show_default=True)
+@_config_option
+@_json_option
+def fetches(
+    state: str | None,
+    peer: str | None,
+    requeue: tuple[str, ...],
+    limit: int,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """List what peers are asked for, the newest first: priors, and what a forward missed.
+
+    First the questions, by the Study that asks or the day, then the Series that follow from them.
+
+    \b
+    Example:  dicomnode fetches --state failed
+              dicomnode fetches --requeue all
+    """
+    from dicomnode import present, store
+
+    with _database(config) as engine:
+        if requeue:
+            uids = () if "all" in requeue else requeue
+            with store.writing(engine) as session:
+                count = store.requeue_fetches(session, datetime.now(UTC), uids)
+            click.echo(f"{count} queued again", err=True)
+            if not count:
+                _nothing("nothing of that was given up")
+            return
+        chosen = FetchState(state) if state else None
+        with store.reading(engine) as session:
+            inquiries = store.list_inquiries(session, state=chosen, peer=peer, limit=limit)
+            found = store.list_fetches(session, state=chosen, peer=peer, limit=limit)
+            turns = [turn for turn in store.list_turns(session) if turn.failures]
+    if as_json:
+        _print_json(
+            {
+                "inquiries": [present.inquiry_json(i) for i in inquiries],
+                "series": [present.fetch_json(f) for f in found],
+                "away": [present.turn_json(turn) for turn in turns],
+            }
+        )
+    else:
+        if inquiries:
+            _console().print(present.inquiry_table(inquiries))
+        if found:
+            _console().print(present.fetch_table(found))
+    for turn in turns:
+        click.echo(
+            f"{turn.peer} is away, and is asked again at {turn.next_at:%Y-%m-%d %H:%M:%S} UTC: "
+            f"{turn.reason}",
+            err=True,
+        )
+    if not inquiries and not found:
+        _nothing("no peer was asked for such")
+
+
+@main.command()
 @click.argument("expression")
 @click.option("--out", type=_file, help="Write all of it to a .parquet or .csv, a row a Series.")
 @click.option("--slices", "slices_path", type=_file, help="Write its slices likewise, a row each.")
@@ -566,12 +644,8 @@ def curve(
         _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
         if report and found and found.curve:
-            from dicomnode.objects.modules import Origin
-
             known = query.source_of(engine, found.curve)
-            made_at = known.computed_at.astimezone()
-            origin = Origin(found.curve.model, known.model_name, made_at, str(known.revision))
-            _write_report(report, found.curve, found.regions, known.source, origin)
+            _write_report(report, known.curve, known.regions, known.source, known.origin)
     if found is None:
         _nothing("the node never saw this Series")
     row = found.series
@@ -621,17 +695,78 @@ def offset(
         if answer is None:
             _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
         if registration and answer.stored.offset.status is not OffsetStatus.REFUSED:
-            from dicomnode.objects.modules import Origin
-
             fixed, moving = (query.source_of(engine, c) for c in (answer.fixed, answer.moving))
-            origin = Origin(
-                model=answer.stored.model,
-                model_name=fixed.model_name,
-                made_at=answer.stored.computed_at.astimezone(),
-                revision=f"{fixed.revision}.{moving.revision}",
-            )
+            origin = fixed.origin_with(moving, answer.stored.computed_at)
             _write_registration(registration, answer, fixed.source, moving.source, origin)
     _answer_offset(answer, as_json, transform, png_path)
+
+
+@main.command()
+@click.argument("series_uid")
+@click.argument("region")
+@_config_option
+@_json_option
+def view(series_uid: str, region: str, config: Path | None, as_json: bool) -> None:
+    """Tell which slice of a Series to open first for a region, by name or SNOMED CT code.
+
+    Exit status 1 where the region is not shown; then the nearest slice is told.
+
+    \b
+    Example:  dicomnode view 1.2.840.113619.2.55 liver
+              dicomnode view 1.2.840.113619.2.55 10200004 --json
+    """
+    from dicomnode import present, query
+
+    with _database(config) as engine:
+        _audit(config, Act.QUERY, command="view", series_uid=series_uid)
+        found = query.view(engine, series_uid, region)
+    if found is None:
+        _nothing("no curve of this Series; see `dicomnode series`")
+    if as_json:
+        _print_json(present.view_json(found))
+    else:
+        click.echo(present.view_line(found), err=found.place is None)
+    sys.exit(0 if found.place else 1)
+
+
+@main.command()
+@click.argument("fixed_study")
+@click.argument("moving_study")
+@click.option("--method", type=METHODS, help="The best one where none is named.")
+@_config_option
+@_json_option
+def slices(
+    fixed_study: str,
+    moving_study: str,
+    method: str | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell which slice of one Study shows what a slice of another does, by their offset.
+
+    Each slice of the fixed Series with the nearest of the moving one, feet to head; "-" where
+    there is none within half a slice.
+
+    \b
+    Example:  dicomnode slices FIXED_STUDY_UID MOVING_STUDY_UID
+              dicomnode slices FIXED_STUDY_UID MOVING_STUDY_UID --method l1 --json
+    """
+    from dicomnode import present, query
+
+    with _database(config) as engine:
+        _audit(config, Act.QUERY, command="slices", study_uid=[fixed_study, moving_study])
+        named = Method(method) if method else None
+        found = query.slice_map(engine, fixed_study, moving_study, named)
+    if found is None:
+        _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
+    if as_json:
+        _print_json(present.map_json(found))
+    elif found.slices:
+        _console().print(present.map_table(found))
+    if not found.slices:
+        _nothing(f"refused: {found.stored.offset.reason}")
+    if all(m.moving is None for m in found.slices):
+        _nothing("no slice of one lies beside one of the other")
 
 
 @main.command()
@@ -697,6 +832,215 @@ def align(
     _answer_offset(answer, as_json, transform, png_path)
 
 
+@main.group(invoke_without_command=True)
+@click.option("--state", type=click.Choice([s.value for s in DeliveryState]))
+@click.option("--destination", help="AE title, or URL of a webhook.")
+@click.option("--of", "subject", help="UID of a Series, or of a pair the fixed Study.")
+@click.option("--limit", default=200, show_default=True)
+@_config_option
+@_json_option
+@click.pass_context
+def deliveries(
+    ctx: click.Context,
+    state: str | None,
+    destination: str | None,
+    subject: str | None,
+    limit: int,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """List what went out by itself, what waits, and what was given up and why.
+
+    \b
+    Example:  dicomnode deliveries --state failed
+    """
+    from dicomnode import present, store
+
+    ctx.obj = config
+    if ctx.invoked_subcommand is not None:
+        return
+    with _database(config) as engine, store.reading(engine) as session:
+        found = store.list_deliveries(
+            session,
+            state=DeliveryState(state) if state else None,
+            destination=destination,
+            subject=subject,
+            limit=limit,
+        )
+        counts = store.count_deliveries(session)
+    if as_json:
+        _print_json([present.delivery_json(d) for d in found])
+    elif found:
+        _console().print(present.delivery_table(found))
+        counted = ", ".join(f"{counts[s]} {s}" for s in DeliveryState if s in counts)
+        click.echo(f"{len(found)} shown; in all {counted}", err=True)
+    if not found:
+        _nothing("no such delivery")
+
+
+@deliveries.command()
+@click.argument("ids", nargs=-1, type=int)
+@click.option("--all-failed", is_flag=True, help="All that were given up.")
+@_config_option
+@click.pass_obj
+def requeue(
+    named: Path | None, ids: tuple[int, ...], all_failed: bool, config: Path | None
+) -> None:
+    """Deliver again, whatever became of it: at once, and with all its attempts anew.
+
+    \b
+    Example:  dicomnode deliveries requeue 17 18
+    """
+    from dicomnode import store
+
+    config = config or named  # before `requeue`, or behind it
+    if bool(ids) == all_failed:
+        raise click.UsageError("name deliveries by their ids, or --all-failed")
+    with _database(config) as engine, store.writing(engine) as session:
+        queued = store.requeue_deliveries(session, datetime.now(UTC), ids or None)
+    _audit(config, Act.REQUEUED, deliveries=queued)
+    missing = sorted(set(ids) - set(queued))
+    if queued:
+        click.echo(f"queued: {', '.join(map(str, queued))}", err=True)
+    if missing or not queued:
+        _nothing(f"no such delivery: {', '.join(map(str, missing))}" if missing else "none failed")
+
+
+@deliveries.command()
+@click.argument("ids", nargs=-1, type=int)
+@click.option("--all-failed", is_flag=True, help="All that were given up.")
+@_config_option
+@click.pass_obj
+def drop(named: Path | None, ids: tuple[int, ...], all_failed: bool, config: Path | None) -> None:
+    """Let go of what waits or was given up: pixels that only it wanted go with it.
+
+    \b
+    Example:  dicomnode deliveries drop 17 18
+    """
+    from dicomnode import store
+
+    config = config or named  # before `drop`, or behind it
+    if bool(ids) == all_failed:
+        raise click.UsageError("name deliveries by their ids, or --all-failed")
+    with _database(config) as engine, store.writing(engine) as session:
+        dropped = store.drop_deliveries(session, datetime.now(UTC), "by hand", ids or None)
+    _audit(config, Act.DROPPED, deliveries=dropped)
+    missing = sorted(set(ids) - set(dropped))
+    if dropped:
+        click.echo(f"dropped: {', '.join(map(str, dropped))}", err=True)
+    if missing or not dropped:
+        none = f"neither waits nor failed: {', '.join(map(str, missing))}"
+        _nothing(none if missing else "none failed")
+
+
+@main.group()
+def patient() -> None:
+    """Say which Patient IDs are one patient, or take that back.
+
+    A patient is written as ID^^^ISSUER, as in HL7; ID^^^ is one without an issuer. The ID alone
+    will do where the node knows it with one issuer.
+    """
+
+
+@patient.command()
+@click.argument("merged", metavar="FROM")
+@click.argument("into", metavar="INTO")
+@click.option("--force", is_flag=True, help="Also where the node knows nothing of one of them yet.")
+@_config_option
+@_json_option
+def merge(merged: str, into: str, force: bool, config: Path | None, as_json: bool) -> None:
+    """Make two Patient IDs one patient: pairs of all their Studies are computed.
+
+    Headers stay as they are, and what arrives under either ID later belongs to both.
+
+    \b
+    Example:  dicomnode patient merge 4711^^^HOSPITAL 0815^^^HOSPITAL
+    """
+    from dicomnode import present, store
+
+    default = configuration.load(_config_path(config)).node.default_issuer
+    with _database(config) as engine:
+        with store.writing(engine) as session:
+            keys = [_patient_key(session, text, default, force) for text in (merged, into)]
+            try:
+                source, now = store.LinkSource.CLI, datetime.now(UTC)
+                changed = store.link_patients(session, keys[0], keys[1], source, now)
+            except ValueError as exc:
+                raise click.UsageError(str(exc)) from exc
+    link = changed.link
+    if changed.is_new:
+        _audit(config, Act.PATIENTS_LINKED, source="cli", link=link.id, pairs=changed.pairs)
+    if as_json:
+        _print_json({**present.link_json(link), "pairs": changed.pairs})
+    elif changed.is_new:
+        click.echo(f"link {link.id}: one patient; {changed.pairs} pairs are computed")
+    else:
+        click.echo(f"one patient already, by link {link.id}")
+
+
+@patient.command()
+@click.argument("link_id", metavar="ID", type=click.IntRange(1))
+@_config_option
+@_json_option
+def unmerge(link_id: int, config: Path | None, as_json: bool) -> None:
+    """Take a link back, by its number in `dicomnode patient links`: pairs across it are dropped.
+
+    \b
+    Example:  dicomnode patient unmerge 17
+    """
+    from dicomnode import present, store
+
+    with _database(config) as engine, store.writing(engine) as session:
+        changed = store.unlink_patients(session, link_id, datetime.now(UTC))
+    if changed is None:
+        _nothing("no such link; see `dicomnode patient links`")
+    if changed.is_new:
+        _audit(config, Act.PATIENTS_UNLINKED, source="cli", link=link_id, pairs=changed.pairs)
+    if as_json:
+        found = {"pairs": changed.pairs, "together": changed.together}
+        _print_json({**present.link_json(changed.link), **found, "delivered": changed.delivered})
+        return
+    if not changed.is_new:
+        click.echo(f"link {link_id} was taken back before")
+    elif changed.together:
+        click.echo(f"link {link_id} taken back; other links still make them one patient")
+    else:
+        click.echo(f"link {link_id} taken back; {changed.pairs} pairs dropped")
+    if changed.delivered:
+        click.echo(
+            f"{changed.delivered} registrations of such pairs were delivered, and stay where they "
+            "are: see `dicomnode deliveries`",
+            err=True,
+        )
+
+
+@patient.command()
+@click.option("--patient", "text", help="Of this patient alone, as ID^^^ISSUER.")
+@click.option("--all", "every", is_flag=True, help="Those that were taken back, too.")
+@click.option("--limit", default=200, show_default=True)
+@_config_option
+@_json_option
+def links(text: str | None, every: bool, limit: int, config: Path | None, as_json: bool) -> None:
+    """List which Patient IDs were made one patient, by whom and when, the newest first.
+
+    \b
+    Example:  dicomnode patient links --patient 4711^^^HOSPITAL --all
+    """
+    from dicomnode import present, store
+
+    default = configuration.load(_config_path(config)).node.default_issuer
+    with _database(config) as engine, store.reading(engine) as session:
+        _audit(config, Act.QUERY, command="patient links", by_patient=True if text else None)
+        asked = None if text is None else _patient_key(session, text, default, True)
+        found = store.list_links(session, patient=asked, every=every, limit=limit)
+    if as_json:
+        _print_json([present.link_json(link) for link in found])
+    elif found:
+        _console().print(present.link_table(found))
+    if not found:
+        _nothing("no such link")
+
+
 @main.group()
 def db() -> None:
     """Look after the database."""
@@ -736,6 +1080,29 @@ def current(config: Path | None) -> None:
         now = migrate.current(engine)
     click.echo(f"{now or 'empty'} (this version needs {migrate.head()})")
     sys.exit(0 if now == migrate.head() else 1)
+
+
+def _patient_key(session: "Session", text: str, default_issuer: str, force: bool) -> PatientKey:
+    """Return the patient that somebody wrote as ID or ID^^^ISSUER."""
+    from dicomnode import store
+
+    patient_id, named, issuer = text.partition("^^^")
+    key = PatientKey(patient_id.strip(" "), issuer.strip(" "))
+    if not key.known:
+        raise click.UsageError("an empty Patient ID is nobody")
+    if any(len(v) > 64 or "\\" in v or not v.isprintable() for v in (key.patient_id, key.issuer)):
+        raise click.UsageError("not what a Patient ID or its issuer may be (PS3.5, LO)")
+    issuers = store.issuers_of(session, key.patient_id)
+    if not named:
+        if len(issuers) > 1:
+            known = ", ".join(repr(name) for name in issuers)
+            raise click.UsageError(f"{text}: known of several issuers, {known}: write ID^^^ISSUER")
+        key = PatientKey(key.patient_id, issuers[0] if issuers else default_issuer)
+    if key.issuer not in issuers and not force:
+        _nothing(
+            f"{text}: no Series and no link has this patient; --force remembers it all the same"
+        )
+    return key
 
 
 def _stop_at_eof(stop: threading.Event) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from datetime import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -57,6 +58,8 @@ def _web_address(value: str) -> str:
         raise ValueError("a URL begins with http:// or https:// and a host")
     if parts.username or parts.password:
         raise ValueError("no user name and password in a URL: it is shown and logged")
+    if len(value) > 255:
+        raise ValueError("a URL has 255 characters at most")
     return value
 
 
@@ -78,6 +81,12 @@ def _fingerprint(value: str) -> str:
     if not re.fullmatch("[0-9a-f]{64}", digits):
         raise ValueError("a SHA-256 fingerprint has 64 hexadecimal digits")
     return digits
+
+
+def _issuer(value: str) -> str:
+    if len(value) > 64 or "\\" in value or not value.isprintable():
+        raise ValueError("an issuer has 64 characters at most, and no backslash")
+    return value
 
 
 class Peer(_Section):
@@ -107,7 +116,7 @@ class Peer(_Section):
         default="",
         description="DNS name that its certificate must carry; empty: any.",
     )
-    tls: bool = Field(default=False, description="Whether it listens with TLS; for `check`.")
+    tls: bool = Field(default=False, description="Whether it listens with TLS.")
     default_issuer: str = Field(
         default="",
         max_length=64,  # PS3.5 Table 6.2-1, LO
@@ -311,6 +320,26 @@ class KeepSettings(_Section):
         "database, from the last slice of its Series on; `dicomnode rescore` needs it. 0 keeps "
         "none, and drops what was kept.",
     )
+    dicom_path: Path | None = Field(
+        default=None,
+        description="Folder in which every CT Instance that could be read is kept for good, as "
+        "STUDY/SERIES/INSTANCE.dcm by their UIDs. Unset, pixels go once they are scored and every "
+        "rule is served.",
+    )
+    late_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds from its last slice for which the pixels of a Series stay though no "
+        "rule wants them: with what comes late it may meet one.",
+    )
+    rule_days: int = Field(
+        default=7,
+        ge=0,
+        le=36_500,
+        description="Days for which the pixels of a Series stay after a delivery that a rule "
+        "asked for was given up; `dicomnode deliveries requeue` needs them.",
+    )
 
 
 class DeliverSettings(_Section):
@@ -350,6 +379,59 @@ class DeliverSettings(_Section):
     )
 
 
+class HL7Settings(_Section):
+    """Where messages that merge patients are listened for: nowhere without a port."""
+
+    port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on for HL7 version 2 messages over MLLP; unset, none.",
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. The default reaches this machine only.",
+    )
+    senders: tuple[Annotated[str, AfterValidator(_address)], ...] = Field(
+        default=(),
+        description="Addresses and networks that messages may come from; none: this machine alone.",
+    )
+    tls: bool = Field(
+        default=False, description="Whether it listens with TLS, with the certificate of [tls]."
+    )
+    issuers: Annotated[dict[str, Annotated[str, AfterValidator(_issuer)]], NoDecode] = Field(
+        default={},
+        description="Issuer of Patient ID (0010,0021) of an assigning authority (CX.4), by its "
+        "namespace, its universal ID, or both and the type as they are written. One that is not "
+        "here is taken by its namespace.",
+    )
+    default_issuer: str | None = Field(
+        default=None,
+        max_length=64,  # PS3.5 Table 6.2-1, LO
+        pattern=r"^[^\\]*$",
+        description="Issuer of identifiers without an assigning authority; unset, that of [node].",
+    )
+    identifier_types: tuple[str, ...] = Field(
+        default=("", "MR", "PI", "PT"),
+        description='Types of identifiers (CX.5) that are Patient IDs; "" where none is given.',
+    )
+    processing_ids: tuple[str, ...] = Field(
+        default=("P",), description="Processing IDs (MSH-11) of messages that are acted on."
+    )
+    idle_seconds: float = Field(
+        default=3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without a byte after which a connection is closed.",
+    )
+
+    @field_validator("issuers", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+
 class Rule(_Section):
     """What happens to a Series that an expression finds."""
 
@@ -378,6 +460,157 @@ class Rule(_Section):
         return self
 
 
+def hours_of_day(text: str) -> tuple[time, time] | None:
+    """Return beginning and end of hours of the day, as "18:00-06:00"; None of an empty text.
+
+    Raises
+    ------
+    ValueError
+        If the text is anything else, or both are the same.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text)
+    if found is None:
+        raise ValueError('hours are written as "18:00-06:00"')
+    h1, m1, h2, m2 = map(int, found.groups())
+    begin, end = time(h1, m1), time(h2, m2)  # ValueError: no such time
+    if begin == end:
+        raise ValueError("hours begin and end at different times; empty: always")
+    return begin, end
+
+
+def _hours(value: str) -> str:
+    hours_of_day(value)
+    return value
+
+
+class DICOMwebServer(_Section):
+    """A DICOMweb server that is asked for earlier CT (PS3.18)."""
+
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Name of the server, under which what it is asked for is listed.",
+    )
+    url: WebAddress = Field(description="Base URL: what comes before /studies.")
+    token_file: Path | None = Field(default=None, description="File of a bearer token.")
+    user: str | None = Field(default=None, description="User name, of HTTP Basic.")
+    password_file: Path | None = Field(default=None, description="File of that user's password.")
+    ca_file: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities that issued the server's certificate, where they "
+        "are not those of this machine.",
+    )
+
+    @model_validator(mode="after")
+    def _identifies_one_way(self) -> Self:
+        if (self.user is None) != (self.password_file is None):
+            raise ValueError("user and password_file go together")
+        if self.user is not None and self.token_file is not None:
+            raise ValueError("either token_file, or user and password_file")
+        return self
+
+
+class PriorsSettings(_Section):
+    """Earlier CT, and what a forward missed, that is asked of others; off unless one is named."""
+
+    peers: tuple[AETitle, ...] = Field(
+        default=(), description="Peers that are asked for earlier CT of the patient of a new Study."
+    )
+    # NoDecode: a malformed list in the environment is then reported under `priors.dicomweb`.
+    dicomweb: Annotated[tuple[DICOMwebServer, ...], NoDecode] = Field(
+        default=(), description="DICOMweb servers that are asked likewise."
+    )
+    catch_up: tuple[str, ...] = Field(
+        default=(),
+        description="Those of both kinds, by AE title or name, that are asked for all CT of the "
+        "days in which the node was down, and of today and yesterday. For a PACS that forwards "
+        "every CT to the node: what it keeps to itself on purpose would come as well.",
+    )
+    count: int = Field(
+        default=3, ge=1, le=1000, description="Earlier Studies of a patient, the newest ones."
+    )
+    years: float = Field(
+        default=10.0,
+        gt=0,
+        le=200,
+        description="Years before the new Study, beyond which none is asked for.",
+    )
+    recent_days: int = Field(
+        default=30,
+        ge=0,
+        le=36_500,
+        description="Days after its Study Date for which a Study that arrives counts as new, and "
+        "asks for earlier ones; 0: whatever its age.",
+    )
+    hours: Annotated[str, AfterValidator(_hours)] = Field(
+        default="",
+        description='Hours of the day, local time, in which priors are asked for, as "18:00-06:00";'
+        " empty: always. Catching up does not wait for them.",
+    )
+    per_minute: float = Field(
+        default=20.0,
+        gt=0,
+        le=6000,
+        description="Requests a minute to each of them at most: a question about a patient or a "
+        "day is one, and so is each Series.",
+    )
+    minimum_instances: int = Field(
+        default=10,
+        ge=1,
+        description="A Series of fewer Instances is not asked for: localizers; but in a Study with "
+        "Enhanced CT all are.",
+    )
+    issuer: Literal["when_given", "required"] = Field(
+        default="when_given",
+        description="Whether a Study that is answered without Issuer of Patient ID is taken for "
+        'the patient\'s ("when_given") or not ("required"). One with another issuer never is.',
+    )
+    settle_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        le=86_400,
+        description="Seconds for which a Series must be missing here, and unchanged there, before "
+        "catching up asks for it; and without a new Instance, before any Series counts as left "
+        "incomplete.",
+    )
+    catch_up_hours: float = Field(
+        default=72.0,
+        gt=0,
+        le=24 * 366,
+        description="Hours of down time that are caught up with at most.",
+    )
+    catch_up_minutes: float = Field(
+        default=15.0,
+        gt=0,
+        le=24 * 60,
+        description="Minutes between questions for what was missed today and yesterday.",
+    )
+    give_up_hours: float = Field(
+        default=72.0,
+        gt=0,
+        le=24 * 366,
+        description="Hours after which what never succeeded is given up.",
+    )
+
+    @field_validator("dicomweb", mode="before")
+    @classmethod
+    def _from_environment(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whom a new Study is asked of."""
+        return self.peers + tuple(server.name for server in self.dicomweb)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Everybody who is asked for anything, each once."""
+        return tuple(dict.fromkeys(self.names + self.catch_up))
+
+
 class Settings(BaseSettings):
     """Every setting of the node. Build it with `load`."""
 
@@ -393,6 +626,8 @@ class Settings(BaseSettings):
     series: SeriesSettings = SeriesSettings()
     keep: KeepSettings = KeepSettings()
     deliver: DeliverSettings = DeliverSettings()
+    priors: PriorsSettings = PriorsSettings()
+    hl7: HL7Settings = HL7Settings()
     rule: Annotated[tuple[Rule, ...], NoDecode] = ()
 
     @field_validator("rule", mode="before")
@@ -420,11 +655,49 @@ class Settings(BaseSettings):
                 raise ValueError(f"{key}: {title} is none of node.peers")
         return self
 
+    @model_validator(mode="after")
+    def _priors_can_come(self) -> Self:
+        names = self.priors.names
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"priors: {name} is named twice")
+        servers = {server.name for server in self.priors.dicomweb}
+        if both := servers & {peer.ae_title for peer in self.node.peers}:
+            raise ValueError(f"priors.dicomweb: {min(both)} is an AE title of node.peers already")
+        for key, titles in (("peers", self.priors.peers), ("catch_up", self.priors.catch_up)):
+            for title in titles:
+                if title in servers:
+                    continue
+                peer = self.peer(title)
+                if peer is None:
+                    also = ", and no name of priors.dicomweb" if key == "catch_up" else ""
+                    raise ValueError(f"priors.{key}: {title} is none of node.peers{also}")
+                if not peer.calling:
+                    raise ValueError(
+                        f"priors.{key}: {title} has calling = false in node.peers, and could not "
+                        "send what it is asked for"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _hl7_has_a_certificate(self) -> Self:
+        if self.hl7.tls and self.tls.certificate is None:
+            raise ValueError("hl7.tls: needs tls.certificate")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_for_good_lie_elsewhere(self) -> Self:
+        folder = self.keep.dicom_path
+        if folder is not None and folder.resolve().is_relative_to(self.spool.path.resolve()):
+            raise ValueError("keep.dicom_path: what lies within spool.path is not kept for good")
+        return self
+
     @property
     def exchanges(self) -> bool:
         """Whether there is anything for the part that talks to peers by itself."""
         deliver = self.deliver
-        return bool(deliver.registration or deliver.report or deliver.webhooks or self.rule)
+        results = deliver.registration or deliver.report or deliver.webhooks or self.rule
+        return bool(results or self.priors.asked or self.hl7.port is not None)
 
     def peer(self, ae_title: str) -> Peer | None:
         """Return the peer of an AE title, None where there is none any more."""
@@ -442,6 +715,16 @@ class Settings(BaseSettings):
     def audit_log(self) -> Path:
         """Where the audit log is written."""
         return self.node.audit_log or self.spool.path.absolute().parent / "audit.jsonl"
+
+    @property
+    def held_path(self) -> Path:
+        """Where pixels are held until every rule is served: on the disk of the spool."""
+        return self.spool.path / "held"
+
+    @property
+    def holds(self) -> bool:
+        """Whether pixels are needed once they are scored."""
+        return self.keep.dicom_path is not None or any(rule.send_to for rule in self.rule)
 
     @property
     def refuse_below_bytes(self) -> int:
@@ -517,6 +800,8 @@ def _problem(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: no such setting"
     message = error["msg"].removeprefix("Value error, ")
+    if not key:  # of several settings together: it names them, and all there is would be the input
+        return message
     if error["type"] == "missing" or key.startswith("database"):  # a URL may hold a password
         return f"{key}: {message}"
     return f"{key}: {message}, got {error['input']!r}"

@@ -49,7 +49,7 @@ def pick_dtype(wanted: str, bundle: "Bundle", device: torch.device) -> torch.dty
         Runner(bundle, device, dtype, PROBES, capture=False)
         for dtype in (torch.float32, torch.bfloat16)
     )
-    inputs = _probes(bundle.spec)
+    inputs = probes(bundle.spec)
     try:
         apart_mm = np.abs(wide(inputs) - narrow(inputs)).max() * bundle.heights.mm_per_score
     except RuntimeError as exc:  # a device that knows no bfloat16 after all
@@ -212,7 +212,7 @@ def filled(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def _probes(spec: PreprocessSpec) -> list[Input]:
+def probes(spec: PreprocessSpec) -> list[Input]:
     """Return inputs of a drawn trunk."""
     body = phantom.patient(0)
     marks = phantom.landmarks(body)

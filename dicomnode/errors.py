@@ -8,11 +8,16 @@ NodeError
 + TransientError        the same call may work later                -> retry with backoff
   - StoreUnavailable
   - DeviceUnavailable
+  - HeldUnavailable
+  - PeerUnavailable
++ PeerRefused           a peer answers that it does not do this     -> retry, tell the operator
 + SpoolFull             refuse with 0xA700, sender keeps the object
 + ConfigError           stop at start-up, say which key
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
 + ObjectError           no sound object can say this                -> there is nothing to deliver
++ RegionError           the bundle of a curve knows no such region  -> show it to who asked
++ MessageError          an HL7 message cannot be understood           -> tell its sender
 + ExpressionError       a question for Series that cannot be read   -> show it to who asked
 
 Messages name the thing and the value, never a patient attribute.
@@ -68,6 +73,18 @@ class DeviceUnavailable(TransientError):
     """The scoring device does not answer."""
 
 
+class HeldUnavailable(TransientError):
+    """The disk of held pixels takes nothing."""
+
+
+class PeerUnavailable(TransientError):
+    """A peer cannot be reached, refuses the association, breaks off, or does not answer."""
+
+
+class PeerRefused(NodeError):
+    """A peer that can be reached does not do what it is asked for; other things it may do."""
+
+
 class SpoolFull(NodeError):
     """The spool has no room: the sender is to keep the object and try again."""
 
@@ -86,6 +103,14 @@ class WeightsError(NodeError):
 
 class ObjectError(NodeError):
     """No sound DICOM object can say this; the message tells what is in its way."""
+
+
+class RegionError(NodeError):
+    """The bundle that made a curve knows no region of that name or code."""
+
+
+class MessageError(NodeError):
+    """An HL7 message cannot be understood; its sender is told why, in words without its values."""
 
 
 class ExpressionError(NodeError):

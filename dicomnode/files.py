@@ -1,5 +1,6 @@
 """Scores and aligns files without a node or a database, through the same core."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,17 +53,24 @@ class ScoredFiles:
 def score(
     paths: Sequence[Path], scorer: "Scorer", progress: Callable[[int], None] = lambda n: None
 ) -> ScoredFiles:
-    """Return the curve of every Series under the paths, any depth, any order."""
+    """Return the curve of every Series under the paths, any depth, any order.
+
+    What a rejection note among them takes back is set aside.
+    """
     headers: dict[str, SliceHeader] = {}
     slices: dict[str, list[ScoredSlice]] = defaultdict(list)
     aside: dict[str, Counter[str]] = defaultdict(Counter)
     unreadable: Counter[str] = Counter()
     waiting: list[dicomio.Decoded] = []
+    rejected: set[str] = set()
 
     def flush() -> None:
         inputs = [d.input for d in waiting if d.input is not None]
         for d, value in zip(waiting, scorer.score(inputs), strict=True):
             h = d.header
+            if not math.isfinite(value):
+                aside[h.series_uid][Reason.NO_SCORE] += 1
+                continue
             assert h.image_position is not None and h.image_orientation is not None
             slices[h.series_uid].append(
                 ScoredSlice(
@@ -73,6 +81,7 @@ def score(
                     frame=h.frame,
                     frame_of_reference_uid=h.frame_of_reference_uid,
                     body_centre_mm=d.body_centre_mm,
+                    acquisition=h.acquisition,
                 )
             )
         waiting.clear()
@@ -91,6 +100,8 @@ def score(
             header = frames[0].header
             headers.setdefault(header.series_uid, header)
             for decoded in frames:
+                if decoded.rejection is not None:
+                    rejected |= decoded.rejection.instances
                 if decoded.reason is not None:
                     aside[header.series_uid][decoded.reason] += 1
                     continue
@@ -98,10 +109,16 @@ def score(
                 if len(waiting) == scorer.batch:
                     flush()
         flush()
-    series = [
-        ScoredSeries(h, _outcome(uid, slices[uid], aside[uid], scorer), dict(aside[uid]))
-        for uid, h in headers.items()
-    ]
+    series = []
+    for uid, h in headers.items():
+        unique = {(s.sop_instance_uid, s.frame): s for s in slices[uid]}
+        kept = [s for s in unique.values() if s.sop_instance_uid not in rejected]
+        if len(kept) < len(unique):
+            aside[uid][Reason.REJECTED] = len(unique) - len(kept)
+        outcome = _outcome(uid, kept, aside[uid], scorer)
+        if isinstance(outcome, ScoreCurve):
+            aside[uid].update(map(str, curve.left_out(outcome, kept).values()))
+        series.append(ScoredSeries(h, outcome, dict(aside[uid])))
     series.sort(key=lambda s: (s.header.study_uid, s.header.series_uid))
     return ScoredFiles(tuple(series), dict(unreadable), scorer.bundle.regions)
 
@@ -153,6 +170,7 @@ def sources(paths: Sequence[Path], curves: Sequence[ScoreCurve]) -> dict[str, So
             headers[c.sop_instance_uids[0]],
             source.instances_of(c, classes),
             (frames_of_reference[uid] for uid in c.sop_instance_uids),
+            c.z_mm.tolist(),
         )
         for c in curves
         if classes.keys() >= set(c.sop_instance_uids)
@@ -164,11 +182,10 @@ def _outcome(
 ) -> ScoreCurve | Refusal:
     if not slices:
         return Refusal(series_uid, Reason(aside.most_common(1)[0][0]))
-    unique = {(s.sop_instance_uid, s.frame): s for s in slices}
     return curve.assemble(
-        list(unique.values()),
+        slices,
         series_uid=series_uid,
         model=scorer.bundle.digest,
         heights=scorer.bundle.heights,
-        refused=sum(aside.values()),
+        refused=aside.total() - aside[Reason.REJECTED],
     )

@@ -18,6 +18,8 @@ _LIBRARIES = {
     "pynetdicom": logging.WARNING,
     "pydicom": logging.ERROR,
     "alembic": logging.WARNING,  # a dozen lines about itself at each start
+    "httpx": logging.WARNING,  # below, both tell whole URLs: a patient, a token
+    "httpcore": logging.WARNING,
 }
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 

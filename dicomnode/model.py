@@ -41,6 +41,8 @@ class Reason(StrEnum):
     TILT = "tilt"
     TOO_FEW_POSITIONS = "too_few_positions"
     TOO_SHORT = "too_short"
+    DUPLICATE_POSITION = "duplicate_position"  # another slice of the curve lies there
+    REJECTED = "rejected"  # a rejection note says that it is not to be used (IHE IOCM)
     # quarantined: the object is unsound, a person should look
     NOT_DICOM = "not_dicom"
     BAD_UID = "bad_uid"
@@ -49,6 +51,7 @@ class Reason(StrEnum):
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
     NO_GEOMETRY = "no_geometry"
     NOT_ONE_STACK = "not_one_stack"
+    NO_SCORE = "no_score"  # the network gives no number for it
 
     @property
     def state(self) -> SeriesState:
@@ -67,6 +70,8 @@ _IGNORED = frozenset(
         Reason.TILT,
         Reason.TOO_FEW_POSITIONS,
         Reason.TOO_SHORT,
+        Reason.DUPLICATE_POSITION,
+        Reason.REJECTED,
     }
 )
 
@@ -83,6 +88,7 @@ class Flag(StrEnum):
     SLOPE = "slope"
     SLICES_REFUSED = "slices_refused"
     OTHER_MODEL = "other_model"
+    PATIENT_POSITION = "patient_position"
 
 
 class Evidence(StrEnum):
@@ -125,6 +131,32 @@ class DeliveryState(StrEnum):
     DONE = "done"
     FAILED = "failed"  # given up; a person should look, and may queue it again
     DROPPED = "dropped"  # when it was due, there was nothing to say any more
+
+
+class FetchCause(StrEnum):
+    """Why a peer is asked for a Series."""
+
+    PRIOR = "prior"  # it is of an earlier Study of the patient of a new one
+    CATCH_UP = "catch_up"  # the peer has it, and it never came
+
+
+class FetchState(StrEnum):
+    """Where a question to a peer, or a Series it is asked for, stands."""
+
+    WAITING = "waiting"  # for its time, or for the next attempt
+    DONE = "done"
+    FAILED = "failed"  # given up; a person should look, and may queue it again
+    DROPPED = "dropped"  # when it was due, it was here already, or could not be asked
+
+
+class Commitment(StrEnum):
+    """Whether a peer committed itself to keep what it was sent (PS3.4 Annex J)."""
+
+    WANTED = "wanted"  # to be asked
+    ASKED = "asked"  # its answer may come on an association of its own
+    COMMITTED = "committed"
+    FAILED = "failed"
+    UNANSWERED = "unanswered"  # given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +210,18 @@ class PatientKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Acquisition:
+    """What tells slices of one place apart, and how the patient lay; None or "": not told."""
+
+    acquisition_number: int | None = None  # (0020,0012)
+    temporal_position: int | None = None  # (0020,0100)
+    trigger_time_ms: float | None = None  # (0018,1060)
+    content_time: str = ""  # (0008,0033); of a Frame, when it was acquired
+    stack_id: str = ""  # (0020,9056), of a Frame
+    patient_position: str = ""  # (0018,5100)
+
+
+@dataclass(frozen=True, slots=True)
 class SliceHeader:
     """What the node reads of one Frame of an Instance, pixels aside."""
 
@@ -201,6 +245,7 @@ class SliceHeader:
     expected_instances: int | None = None  # NumberOfSeriesRelatedInstances (0020,1209)
     frame: int = 1  # counted from 1, as in PS3.3
     issuer_is_default: bool = False  # the data set named none
+    acquisition: Acquisition = Acquisition()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +259,23 @@ class ScoredSlice:
     frame: int = 1  # counted from 1, as in PS3.3
     frame_of_reference_uid: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
+    sop_class_uid: str = ""  # empty: unknown
+    acquisition: Acquisition = Acquisition()
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A rejection note: Instances that are not to be used any more (IHE RAD TF, IOCM).
+
+    `code` is its document title, of `core.admission.REJECTIONS`.
+    """
+
+    sop_instance_uid: str  # of the note
+    study_uid: str  # in which the note lies
+    code: str
+    instances: frozenset[str]  # SOP Instance UIDs
+    studies: frozenset[str]  # Study Instance UIDs that it names
+    series: frozenset[str]  # and Series Instance UIDs
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +295,7 @@ class Quality:
 class ScoreCurve:
     """Slice scores of one Series against position.
 
-    z_mm is strictly increasing along the slice normal (patient coordinates, LPS);
+    z_mm is where each slice cuts the patient's long axis (LPS, x = y = 0), strictly increasing;
     score, height_mm, sop_instance_uids and frames run parallel to it.
     """
 

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,20 @@ from rich.table import Table
 from dicomnode.core import region
 from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
-from dicomnode.model import Quality, ScoreCurve, SeriesState
+from dicomnode.model import DeliveryState, Quality, ScoreCurve, SeriesState
+from dicomnode.query import PairMap, Place, View
 from dicomnode.spool.survey import Part
-from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
+from dicomnode.store import (
+    Delivery,
+    Fetch,
+    Histogram,
+    Inquiry,
+    Link,
+    Match,
+    PeerTurn,
+    SeriesRow,
+    StoredOffset,
+)
 
 JSON = dict[str, Any]
 
@@ -128,6 +140,144 @@ def offset_json(stored: StoredOffset) -> JSON:
     }
 
 
+def place_json(place: Place | None) -> JSON | None:
+    """Return one slice as `slices_json` has it, and which it is; null where there is none."""
+    if place is None:
+        return None
+    return {
+        "sop_instance_uid": place.sop_instance_uid,
+        "frame": place.frame,
+        "index": place.index,
+        "z_mm": round(place.z_mm, 4),
+        "height_mm": round(place.height_mm, 2),
+    }
+
+
+def view_json(view: View) -> JSON:
+    """Return the slice to open first, `slice`; of a region that is not shown, `nearest`."""
+    return {
+        "series_uid": view.series_uid,
+        "model": view.model,
+        "region": view.region.name,
+        "code": view.region.code,
+        "extent": view.extent,
+        "fraction": None if view.share is None else round(view.share, 4),
+        "slice": place_json(view.place),
+        "nearest": place_json(view.nearest),
+        "distance_mm": None if view.distance_mm is None else round(view.distance_mm, 2),
+    }
+
+
+def view_line(view: View) -> str:
+    """Return the same for people."""
+    name = view.region.name
+    if view.nearest is not None and view.distance_mm is not None:
+        side = "head" if view.distance_mm >= 0 else "feet"
+        return (
+            f"{name} is not shown: the nearest slice, {_placed(view.nearest)}, "
+            f"is {abs(view.distance_mm):.0f} mm of body height from it; it lies towards the {side}"
+        )
+    if view.place is None:
+        return f"{name}: the bundle does not know where it begins and ends"
+    share = "" if view.share is None else f", {100 * view.share:.0f} % of it shown"
+    return f"{name}, {view.extent}{share}: {_placed(view.place)}"
+
+
+def _placed(place: Place) -> str:
+    frame = f", frame {place.frame}" if place.frame != 1 else ""
+    return f"{place.sop_instance_uid}{frame} at z {place.z_mm:.1f} mm"
+
+
+def map_json(found: PairMap) -> JSON:
+    """Return the slices of a pair: each fixed one, and the moving one that shows the same."""
+    line = found.line
+    return {
+        "offset": offset_json(found.stored),
+        "line": None if line is None else {"intercept": line.intercept, "slope": line.slope},
+        "slices": [
+            {
+                "fixed": place_json(m.fixed),
+                "moving": place_json(m.moving),
+                "distance_mm": None if m.distance_mm is None else round(m.distance_mm, 4),
+            }
+            for m in found.slices
+        ],
+    }
+
+
+def map_table(found: PairMap) -> Table:
+    """Return the same as a table for a terminal, feet first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("fixed", overflow="fold")
+    table.add_column("z, mm", justify="right")
+    table.add_column("moving", overflow="fold")
+    for title in ("z, mm", "off by, mm"):
+        table.add_column(title, justify="right")
+    for m in found.slices:
+        moving, away = m.moving, m.distance_mm
+        table.add_row(
+            _named(m.fixed),
+            f"{m.fixed.z_mm:.1f}",
+            "-" if moving is None else _named(moving),
+            "" if moving is None else f"{moving.z_mm:.1f}",
+            "" if away is None else f"{away:+.1f}",
+        )
+    return table
+
+
+def _named(place: Place) -> str:
+    uid, frame = place.sop_instance_uid, place.frame
+    return uid if frame == 1 else f"{uid}#{frame}"
+
+
+def delivery_json(delivery: Delivery) -> JSON:
+    """Return a delivery and how it stands."""
+    what = delivery.what
+    return {
+        "id": delivery.id,
+        "kind": what.kind,
+        "destination": what.destination,
+        "rule": what.rule or None,
+        "subject": what.subject,
+        "other": what.other or None,
+        "state": delivery.state,
+        "reason": delivery.reason,
+        "attempts": delivery.attempts,
+        "version": delivery.version,
+        "asked_at": delivery.asked_at.isoformat(),
+        "due_at": delivery.due_at.isoformat() if delivery.state == DeliveryState.WAITING else None,
+        "done_at": delivery.done_at.isoformat() if delivery.done_at else None,
+        "sop_instance_uid": delivery.sop_instance_uid,
+        "commitment": delivery.commitment,
+    }
+
+
+def delivery_table(deliveries: Sequence[Delivery]) -> Table:
+    """Return deliveries as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("id", justify="right")
+    for title in ("what", "to", "of", "state"):
+        table.add_column(title, overflow="fold")
+    table.add_column("tries", justify="right")
+    for title in ("when", "reason, commitment"):
+        table.add_column(title, overflow="fold")
+    for d in deliveries:
+        what = d.what
+        when = d.due_at if d.state == DeliveryState.WAITING else d.done_at or d.asked_at
+        notes = [d.reason, f"commitment {d.commitment}" if d.commitment else None]
+        table.add_row(
+            str(d.id),
+            f"{what.kind} ({what.rule})" if what.rule else str(what.kind),
+            what.destination,
+            f"{what.subject} {what.other}".strip(),
+            str(d.state),
+            str(d.attempts),
+            f"{when.astimezone():%Y-%m-%d %H:%M:%S}",
+            "; ".join(note for note in notes if note),
+        )
+    return table
+
+
 def series_table(rows: Sequence[SeriesRow]) -> Table:
     """Return Series as a table for a terminal."""
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -183,6 +333,53 @@ def spool_table(parts: Sequence[Part]) -> Table:
     return table
 
 
+def inquiry_json(inquiry: Inquiry) -> JSON:
+    """Return a question to a peer, and how it stands."""
+    return _plain(asdict(inquiry))
+
+
+def fetch_json(fetch: Fetch) -> JSON:
+    """Return a Series that a peer is asked for, and how that stands."""
+    values = asdict(fetch)
+    return _plain({"id": values.pop("id"), **values.pop("what"), **values})
+
+
+def turn_json(turn: PeerTurn) -> JSON:
+    """Return when a peer may be asked again, and why not before."""
+    return _plain(asdict(turn))
+
+
+def _plain(values: JSON) -> JSON:
+    return {k: v.isoformat() if isinstance(v, date) else v for k, v in values.items()}
+
+
+def inquiry_table(inquiries: Sequence[Inquiry]) -> Table:
+    """Return a table with a row for each question to a peer."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("peer", "asks for", "of", "state", "attempts", "studies", "series", "reason"):
+        table.add_column(column, justify="right" if column in ("studies", "series") else "left")
+    for i in inquiries:
+        counts = ["" if n is None else str(n) for n in (i.studies, i.series)]
+        attempts = str(i.attempts)
+        row = (i.peer, i.cause, i.subject, i.state, attempts, *counts, i.reason or "")
+        table.add_row(*row)
+    return table
+
+
+def fetch_table(fetches: Sequence[Fetch]) -> Table:
+    """Return a table with a row for each Series that a peer is asked for."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("series", "peer", "because of", "state", "attempts", "came", "reason"):
+        table.add_column(column, justify="right" if column == "came" else "left")
+    for f in fetches:
+        came = "" if f.completed is None else str(f.completed + (f.warning or 0))
+        of = "" if f.what.expected is None else f"{came or 0}/{f.what.expected}"
+        why = f"{f.what.cause} {f.what.asked_by}"
+        row = (f.what.series_uid, f.what.peer, why, f.state, str(f.attempts), of or came)
+        table.add_row(*row, f.reason or "")
+    return table
+
+
 def match_json(match: Match) -> JSON:
     """Return a Series that an expression found."""
     return {
@@ -228,6 +425,36 @@ def match_table(matches: Sequence[Match]) -> Table:
             f"{m.height_mm[0]:.0f}..{m.height_mm[1]:.0f}" if m.height_mm else "",
             ", ".join(region.shown(m.coverage)),
             ", ".join([m.state if m.reason is None else f"{m.state}:{m.reason}", *m.flags]),
+        )
+    return table
+
+
+def link_json(link: Link) -> JSON:
+    """Return a link between two patient keys as the CLI prints it."""
+    return {
+        "id": link.id,
+        "merged": asdict(link.merged),
+        "into": asdict(link.into),
+        "source": link.source,
+        "control_id": link.control_id or None,
+        "linked_at": link.linked_at.isoformat(),
+        "unlinked_at": link.unlinked_at.isoformat() if link.unlinked_at else None,
+    }
+
+
+def link_table(links: Sequence[Link]) -> Table:
+    """Return links as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("id", justify="right")
+    for title in ("merged", "into", "by", "since", "taken back"):
+        table.add_column(title, overflow="fold")
+    for link in links:
+        table.add_row(
+            str(link.id),
+            *(f"{key.patient_id}^^^{key.issuer}" for key in (link.merged, link.into)),
+            " ".join(part for part in (link.source, link.control_id) if part),
+            f"{link.linked_at:%Y-%m-%d %H:%M}",
+            f"{link.unlinked_at:%Y-%m-%d %H:%M}" if link.unlinked_at else "",
         )
     return table
 

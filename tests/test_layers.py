@@ -26,6 +26,11 @@ LAYERS = (
         "store",
         "objects",
         "scp",
+        "held",
+        "rules",
+        "scu",
+        "outgoing",
+        "hl7",
     ),
     ("node",),
     ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
@@ -166,6 +171,7 @@ def test_every_module_has_a_home_of_its_own(module):
         ("dicomnode", {"torch", "sqlalchemy", "pydicom", "SimpleITK", "matplotlib"}),
         ("dicomnode.cli", {"torch"}),
         ("dicomnode.node.receive", {"torch", "sqlalchemy"}),
+        ("dicomnode.node.exchange", {"torch"}),
     ],
 )
 def test_a_process_starts_without_what_it_does_not_need(module, unwanted):

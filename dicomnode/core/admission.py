@@ -10,11 +10,26 @@ from dicomnode.model import Floats, Reason, SliceHeader
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = frozenset({"1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"})
 
+KEY_OBJECT_SELECTION = "1.2.840.10008.5.1.4.1.1.88.59"
+# Document titles (DCM) that make of a Key Object Selection a rejection note: PS3.16 CID 7011.
+EXPIRED = "113039"  # Data Retention Policy Expired
+REJECTIONS = {
+    "113001": "Rejected for Quality Reasons",
+    "113037": "Rejected for Patient Safety Reasons",
+    "113038": "Incorrect Modality Worklist Entry",
+    EXPIRED: "Data Retention Policy Expired",
+}
+
 # PS3.3 C.8.2.1.1.1 names LOCALIZER; the others are what vendors write for reconstructed views.
 REFORMATS = frozenset(
     {"MPR", "PROJECTION IMAGE", "MIP", "MINIP", "CSA", "3D", "REFORMATTED", "CSAMPR", "VOLREN"}
+    | {"MINIMUM IP", "RESAMPLED", "SSD", "VRT"}
     | {"MAXIMUM", "MINIMUM"}  # PS3.3 C.8.16.1.4, of Enhanced CT: projections
 )
+# Pictures of a screen and of a protocol, which some consoles write as CT Images.
+PICTURES = frozenset(
+    {"SCREEN SAVE", "SCREENSAVE", "SCREEN CAPTURE", "DOSE_INFO", "DOSE REPORT"}
+) | {f"CT_SOM{version} PROT" for version in (5, 7)}
 # Beyond 45 degrees a slice is nearer coronal or sagittal than axial. Between the two limits
 # the gantry was tilted: a slice then shows several heights and its score means none of them.
 NON_AXIAL_DEGREES = 45.0
@@ -59,6 +74,8 @@ def refuse_slice(header: SliceHeader) -> Reason | None:
     """
     if reason := refuse_instance(header):
         return reason
+    if PICTURES & set(header.image_type[2:]):
+        return Reason.NOT_CT
     if "LOCALIZER" in header.image_type[2:3]:
         return Reason.LOCALIZER
     if REFORMATS & set(header.image_type[2:]):

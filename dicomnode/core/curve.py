@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dicomnode.core import admission, geometry
+from dicomnode.core import admission, geometry, volumes
 from dicomnode.errors import GeometryError
-from dicomnode.model import Flag, Floats, Quality, Refusal, ScoreCurve, ScoredSlice
+from dicomnode.model import Flag, Floats, Quality, Reason, Refusal, ScoreCurve, ScoredSlice
 
 # A sound curve of an adult correlates above 0.98 and learns between 0.7 and 1.4 mm a mm
 # (children are shorter than the average adult, so that their slope is larger).
@@ -63,8 +63,10 @@ def assemble(
     other_model : int
         Slices that another bundle scored, before the node was given this one; likewise.
     """
-    slices = sorted(slices, key=lambda s: (s.sop_instance_uid, s.frame))
+    given = sorted(slices, key=lambda s: (s.sop_instance_uid, s.frame))
     try:
+        parallel = volumes.one_stack(given)
+        slices = volumes.most_complete(parallel)
         stack = geometry.stack(
             np.array([s.image_position for s in slices], float),
             np.array([s.image_orientation for s in slices], float),
@@ -77,10 +79,14 @@ def assemble(
     score = np.array([s.score for s in kept], np.float32)
     height_mm = heights(score)
     flags = list(stack.flags)
+    if len(slices) < len(parallel) and Flag.DUPLICATE_POSITION not in flags:
+        flags.append(Flag.DUPLICATE_POSITION)
     if len({s.frame_of_reference_uid for s in kept}) > 1:
         flags.append(Flag.FRAME_OF_REFERENCE_VARIES)
-    if refused:
+    if refused or len(parallel) < len(given):
         flags.append(Flag.SLICES_REFUSED)
+    if any(geometry.contradicts(s.acquisition.patient_position, s.image_orientation) for s in kept):
+        flags.append(Flag.PATIENT_POSITION)
     if other_model:
         flags.append(Flag.OTHER_MODEL)
     return ScoreCurve(
@@ -94,6 +100,19 @@ def assemble(
         quality=quality(stack.z_mm, height_mm, flags),
         body_centre_mm=body_centres(kept),
     )
+
+
+def left_out(curve: ScoreCurve, slices: Sequence[ScoredSlice]) -> dict[tuple[str, int], Reason]:
+    """Return SOP Instance UID and Frame -> why a scored slice is not in the curve of its Series."""
+    members = set(zip(curve.sop_instance_uids, curve.frames, strict=True))
+    kept = next(s for s in slices if (s.sop_instance_uid, s.frame) in members)
+    return {
+        (s.sop_instance_uid, s.frame): Reason.DUPLICATE_POSITION
+        if geometry.are_parallel([s.image_orientation, kept.image_orientation])
+        else Reason.NOT_ONE_STACK
+        for s in slices
+        if (s.sop_instance_uid, s.frame) not in members
+    }
 
 
 def body_centres(slices: Sequence[ScoredSlice]) -> Floats | None:

@@ -1,6 +1,7 @@
 """Where slices lie: normal, position along it, order, spacing, gaps, duplicates, tilt."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,13 @@ SAME_POSITION_MM = 0.05
 # A gap is a step of more than 1.5 median spacings: at least one slice may be missing there.
 GAP_RATIO = 1.5
 UNEVEN_RATIO = 0.1
+# Steps beside a step, itself included, that tell what spacing is usual there.
+NEIGHBOURS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The order of slices along their common normal.
+    """The order of slices along the patient's long axis.
 
     `order` indexes the slices that were given, duplicates left out, so that
     `z_mm` is strictly increasing.
@@ -84,13 +87,35 @@ def slice_positions(image_position: Floats, normal: Floats) -> Floats:
     return np.asarray(np.asarray(image_position, float) @ normal, float)
 
 
+def axis_positions(image_position: Floats, normal: Floats) -> Floats:
+    """Return where each slice cuts the patient's long axis, x = y = 0.
+
+    Of an axial slice that is its z. A tilted gantry stands still while the table moves along z:
+    measured along the normal, its slices would lie closer than the body does, by the cosine of
+    the tilt, which at 12 degrees and 900 mm from the origin is 20 mm.
+
+    Parameters
+    ----------
+    image_position : (N, 3) float64
+        Image Position (Patient) (0020,0032), mm, LPS.
+    normal : (3,) float64
+        Unit slice normal of a near-axial slice, towards the head.
+
+    Returns
+    -------
+    (N,) float64
+        z, mm, LPS. Not sorted.
+    """
+    return slice_positions(image_position, normal) / float(normal[2])
+
+
 def tilt_degrees(normal: Floats) -> float:
     """Return the angle between slice normal and the patient's long axis, degrees 0..90."""
     return math.degrees(math.acos(min(abs(float(normal[2])), 1.0)))
 
 
 def stack(image_position: Floats, image_orientation: Floats) -> Stack:
-    """Return the order of slices of one Series, from feet to head.
+    """Return the order of near-axial slices of one Series, from feet to head.
 
     Never SliceLocation, InstanceNumber or table position: only Image Position
     (Patient) says where a slice lies. Of slices at one position the first is kept.
@@ -114,16 +139,34 @@ def stack(image_position: Floats, image_orientation: Floats) -> Stack:
         raise GeometryError(
             f"direction cosines differ by {spread:.4f} within one Series", Reason.NOT_ONE_STACK
         )
-    z_mm = slice_positions(image_position, slice_normal(image_orientation[0]))
-    order = np.argsort(z_mm, kind="stable")
-    distinct = np.ones(len(order), bool)
-    last = -np.inf
-    for i, z in enumerate(z_mm[order]):  # against the last one kept, so that steps cannot creep
-        distinct[i] = z - last > SAME_POSITION_MM
-        last = z if distinct[i] else last
+    z_mm = axis_positions(image_position, slice_normal(image_orientation[0]))
+    order, place = places(z_mm)
+    distinct = np.diff(place, prepend=-1) > 0
     flags = [] if distinct.all() else [Flag.DUPLICATE_POSITION]
     order = order[distinct]
     return Stack(order, z_mm[order], (*flags, *spacing_flags(z_mm[order])))
+
+
+def are_parallel(image_orientation: Sequence[tuple[float, ...]] | Floats) -> bool:
+    """Whether direction cosines, (N, 6), differ by no more than rounding: one stack."""
+    values = np.asarray(image_orientation, float).reshape(-1, 6)
+    return len(values) == 0 or bool(np.ptp(values, axis=0).max() <= ORTHONORMAL_TOLERANCE)
+
+
+def places(z_mm: Floats) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the order of positions, (N,) mm, and the number of the place of each in that order.
+
+    Slices nearer than `SAME_POSITION_MM` to the first one of a place are at that place. Of one
+    place they keep the order in which they were given.
+    """
+    order = np.argsort(z_mm, kind="stable")
+    place = np.zeros(len(order), np.intp)
+    first, number = -np.inf, -1
+    for i, z in enumerate(z_mm[order].tolist()):  # against the first, so that steps cannot creep
+        if z - first > SAME_POSITION_MM:
+            first, number = z, number + 1
+        place[i] = number
+    return order, place
 
 
 def spacing_flags(z_mm: Floats) -> tuple[Flag, ...]:
@@ -138,6 +181,28 @@ def spacing_flags(z_mm: Floats) -> tuple[Flag, ...]:
     if (np.abs(steps - median) > UNEVEN_RATIO * median).any():
         flags.append(Flag.UNEVEN_SPACING)
     return tuple(flags)
+
+
+def usual_steps(z_mm: Floats) -> Floats:
+    """Return the median step around each step, (N - 1,) mm: what is usual may change on the way.
+
+    Parameters
+    ----------
+    z_mm : (N,) float64
+        Positions, strictly increasing, N >= 2.
+    """
+    around = np.pad(np.diff(z_mm), NEIGHBOURS // 2, mode="constant", constant_values=np.nan)
+    usual: Floats = np.nanmedian(np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS), 1)
+    return usual
+
+
+def slice_spacing(steps_mm: Floats) -> Floats:
+    """Return what each slice stands for, (N,) mm, of the usual steps (N - 1,) between them.
+
+    The lesser of the two beside it; a slice at an end has but one.
+    """
+    spacing: Floats = np.minimum(np.append(steps_mm, np.inf), np.append(np.inf, steps_mm))
+    return spacing
 
 
 def to_patient_axes(image: npt.NDArray[Any], image_orientation: Floats) -> npt.NDArray[Any]:
@@ -243,3 +308,35 @@ def plane(
 def is_transposed(image_orientation: Floats) -> bool:
     """Whether `to_patient_axes` swaps rows and columns (and so the two pixel spacings)."""
     return bool(abs(image_orientation[1]) > abs(image_orientation[0]))
+
+
+# Patient Position -> row and column directions of an image as seen from the gantry's foot end.
+_SEEN_FROM_GANTRY = {
+    "HFS": (1, 0, 0, 0, 1, 0),
+    "HFP": (-1, 0, 0, 0, -1, 0),
+    "HFDR": (0, 1, 0, -1, 0, 0),
+    "HFDL": (0, -1, 0, 1, 0, 0),
+    "FFS": (-1, 0, 0, 0, 1, 0),
+    "FFP": (1, 0, 0, 0, -1, 0),
+    "FFDR": (0, 1, 0, 1, 0, 0),
+    "FFDL": (0, -1, 0, -1, 0, 0),
+}
+
+
+def contradicts(patient_position: str, image_orientation: Floats | tuple[float, ...]) -> bool:
+    """Whether an axial image lies otherwise than a scanner writes it for that Patient Position.
+
+    It writes either what it sees, or turns the image so that the patient lies supine in it, seen
+    from the feet. Anything else says that somebody was mistaken about how the patient lay: the
+    body may be upside down in the image, or left and right exchanged. A Patient Position that is
+    not told, or is none of the eight of a table, contradicts nothing.
+
+    References
+    ----------
+    DICOM PS3.3 C.7.3.1.1.2 (Patient Position), C.7.6.2.1.1 (direction cosines).
+    """
+    seen = _SEEN_FROM_GANTRY.get(patient_position)
+    if seen is None:
+        return False
+    turned = tuple(round(value) for value in image_orientation)
+    return turned not in (seen, _SEEN_FROM_GANTRY["HFS"])

@@ -3,17 +3,19 @@
 import math
 import warnings
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
@@ -21,7 +23,7 @@ from dicomnode.core import pixels
 from dicomnode.dicomio import codecs
 from dicomnode.dicomio.scan import Layout, patient_key, study_datetime
 from dicomnode.errors import CorruptObject, DicomError, UnsupportedObject
-from dicomnode.model import Reason, SliceHeader
+from dicomnode.model import Acquisition, Reason, SliceHeader
 
 # A 16-bit slice of 4096 x 4096: what a header may make us allocate, and no more.
 MAX_PIXELS = 4096 * 4096
@@ -30,6 +32,8 @@ MAX_RESCALE = 1e6
 MAX_INFLATED = 512 << 20
 _DEFLATED = DeflatedExplicitVRLittleEndian.encode()
 _META_BYTES = 1 << 16  # no file meta information is longer
+
+T = TypeVar("T")
 
 Stored = npt.NDArray[np.integer[Any]]
 
@@ -63,6 +67,73 @@ def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
         raise CorruptObject("breaks off within a sequence") from exc
     except Exception as exc:  # pydicom raises whatever its parsers meet: 8 types in 355 bad files
         raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which object a file holds, and how it is encoded."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+
+
+def identity(path: Path) -> Identity:
+    """Return which object a DICOM Part 10 file holds, of which little is read.
+
+    Raises
+    ------
+    CorruptObject
+        If it is no DICOM file, or does not tell.
+    FileNotFoundError
+        If there is no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            ds = read_partial(file, stop_when=_beyond_identity)
+        if ds.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
+            ds = read(path, pixels=False)
+            ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        uids = ds.SOPClassUID, ds.SOPInstanceUID, ds.file_meta.TransferSyntaxUID
+        return Identity(*map(str, uids))
+    except (CorruptObject, FileNotFoundError):
+        raise
+    except InvalidDicomError as exc:
+        raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
+    except Exception as exc:  # as above
+        raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+def with_group_length(data: bytes) -> bytes:
+    """Return a DICOM Part 10 file whose meta information says how long it is (PS3.10 7.1).
+
+    Some that were written to media leave that out. The data set stays as it is.
+
+    Raises
+    ------
+    CorruptObject
+        If it is no DICOM file.
+    """
+    if data[132:140] == b"\x02\x00\x00\x00UL\x04\x00":
+        return data
+    source, file = BytesIO(data), BytesIO()
+    try:
+        read_preamble(source, False)
+        meta = FileMetaDataset(
+            read_dataset(
+                source, is_implicit_VR=False, is_little_endian=True, stop_when=_beyond_meta
+            )
+        )
+        meta.FileMetaInformationGroupLength = 0  # is worked out
+        file.write(data[:128] + b"DICM")
+        pydicom.filewriter.write_file_meta_info(file, meta, enforce_standard=False)
+    except Exception as exc:  # as above
+        raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+    return file.getvalue() + source.read()
+
+
+def _beyond_identity(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return int(tag) > 0x00080018  # SOP Instance UID
 
 
 def inflate(data: bytes | memoryview) -> bytes:
@@ -132,32 +203,57 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
         warnings.simplefilter("ignore")  # pydicom's value warnings quote the value
         try:
             return SliceHeader(
-                sop_class_uid=_text(ds, "SOPClassUID"),
-                sop_instance_uid=_text(ds, "SOPInstanceUID"),
-                series_uid=_text(ds, "SeriesInstanceUID"),
-                study_uid=_text(ds, "StudyInstanceUID"),
+                sop_class_uid=text(ds, "SOPClassUID"),
+                sop_instance_uid=text(ds, "SOPInstanceUID"),
+                series_uid=text(ds, "SeriesInstanceUID"),
+                study_uid=text(ds, "StudyInstanceUID"),
                 patient=patient_key(
-                    _text(ds, "PatientID"), _text(ds, "IssuerOfPatientID"), default_issuer
+                    text(ds, "PatientID"), text(ds, "IssuerOfPatientID"), default_issuer
                 ),
-                study_datetime=study_datetime(_text(ds, "StudyDate"), _text(ds, "StudyTime")),
-                modality=_text(ds, "Modality"),
+                study_datetime=study_datetime(text(ds, "StudyDate"), text(ds, "StudyTime")),
+                modality=text(ds, "Modality"),
                 image_type=image_type(ds),
                 image_position=floats(ds, "ImagePositionPatient", 3),
                 image_orientation=floats(ds, "ImageOrientationPatient", 6),
                 pixel_spacing=floats(ds, "PixelSpacing", 2),
-                rows=_integer(ds, "Rows") or 0,
-                columns=_integer(ds, "Columns") or 0,
-                number_of_frames=_integer(ds, "NumberOfFrames") or 1,
-                frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
-                body_part_examined=_text(ds, "BodyPartExamined"),
-                manufacturer=_text(ds, "Manufacturer"),
-                expected_instances=_integer(ds, "NumberOfSeriesRelatedInstances"),
-                issuer_is_default=not _text(ds, "IssuerOfPatientID"),
+                rows=integer(ds, "Rows") or 0,
+                columns=integer(ds, "Columns") or 0,
+                number_of_frames=integer(ds, "NumberOfFrames") or 1,
+                frame_of_reference_uid=text(ds, "FrameOfReferenceUID"),
+                body_part_examined=text(ds, "BodyPartExamined"),
+                manufacturer=text(ds, "Manufacturer"),
+                expected_instances=integer(ds, "NumberOfSeriesRelatedInstances"),
+                issuer_is_default=not text(ds, "IssuerOfPatientID"),
+                acquisition=_acquisition(ds),
             )
         except CorruptObject:
             raise
         except Exception as exc:  # a broken element surfaces only when it is converted
             raise CorruptObject(f"header cannot be read: {type(exc).__name__}") from exc
+
+
+def _acquisition(ds: Dataset) -> Acquisition:
+    return Acquisition(
+        acquisition_number=optional(lambda: integer(ds, "AcquisitionNumber")),
+        temporal_position=optional(lambda: integer(ds, "TemporalPositionIdentifier")),
+        trigger_time_ms=optional(lambda: finite(ds, "TriggerTime")),
+        content_time=optional(lambda: text(ds, "ContentTime")) or "",
+        patient_position=optional(lambda: text(ds, "PatientPosition")) or "",
+    )
+
+
+def optional(read: Callable[[], T]) -> T | None:
+    """Return what is read, None where it cannot be: nothing that a slice needs."""
+    try:
+        return read()
+    except Exception:  # a broken element surfaces only when it is converted
+        return None
+
+
+def finite(ds: Dataset, keyword: str) -> float | None:
+    """Return the number of an element, None where it has none."""
+    values = floats(ds, keyword, 1)
+    return values[0] if values and math.isfinite(values[0]) else None
 
 
 def calling_ae_title(ds: Dataset) -> str:
@@ -192,7 +288,7 @@ def stored(ds: Dataset) -> tuple[Stored, pixels.Rescale]:
 
     Raises as `image_hu` does.
     """
-    rows, columns = _integer(ds, "Rows") or 0, _integer(ds, "Columns") or 0
+    rows, columns = integer(ds, "Rows") or 0, integer(ds, "Columns") or 0
     if not 0 < rows * columns <= MAX_PIXELS or min(rows, columns) < 0:
         raise CorruptObject(f"{rows} x {columns} pixels", Reason.PIXEL_DATA)
     if "PixelData" not in ds:
@@ -233,13 +329,13 @@ def layout(ds: Dataset) -> Layout:
     try:
         return Layout(
             syntax(ds),
-            _integer(ds, "Rows") or 0,
-            _integer(ds, "Columns") or 0,
-            _integer(ds, "SamplesPerPixel"),
-            _text(ds, "PhotometricInterpretation"),
-            _integer(ds, "BitsAllocated"),
-            _integer(ds, "BitsStored"),
-            _integer(ds, "PixelRepresentation"),
+            integer(ds, "Rows") or 0,
+            integer(ds, "Columns") or 0,
+            integer(ds, "SamplesPerPixel"),
+            text(ds, "PhotometricInterpretation"),
+            integer(ds, "BitsAllocated"),
+            integer(ds, "BitsStored"),
+            integer(ds, "PixelRepresentation"),
         )
     except Exception as exc:  # a broken element surfaces only when it is converted
         raise CorruptObject(
@@ -309,8 +405,8 @@ def is_native(transfer_syntax_uid: str) -> bool:
 
 def _check_frames(ds: Dataset) -> None:
     """See that there is one frame, and what a pixel takes: more would be made room for."""
-    frames, samples = _integer(ds, "NumberOfFrames") or 1, _integer(ds, "SamplesPerPixel") or 1
-    if frames != 1 or samples * (_integer(ds, "BitsAllocated") or 1) > 64:
+    frames, samples = integer(ds, "NumberOfFrames") or 1, integer(ds, "SamplesPerPixel") or 1
+    if frames != 1 or samples * (integer(ds, "BitsAllocated") or 1) > 64:
         raise CorruptObject(f"{frames} frames of {samples} samples", Reason.PIXEL_DATA)
 
 
@@ -321,21 +417,23 @@ def _values(ds: Dataset, keyword: str) -> list[Any]:
     return list(value) if isinstance(value, pydicom.multival.MultiValue) else [value]
 
 
-def _text(ds: Dataset, keyword: str) -> str:
+def text(ds: Dataset, keyword: str) -> str:
+    """Return the text of an element, "" where it has none."""
     # Of several values none is the value: two patients whose IDs begin alike must not become one.
     # Postgres stores no NUL; in DICOM it is padding.
-    text = "\\".join(str(value) for value in _values(ds, keyword))
-    return text.replace("\0", "").strip(" ")
+    told = "\\".join(str(value) for value in _values(ds, keyword))
+    return told.replace("\0", "").strip(" ")
 
 
-def _integer(ds: Dataset, keyword: str) -> int | None:
+def integer(ds: Dataset, keyword: str) -> int | None:
+    """Return the whole number of an element, None where it has none."""
     values = floats(ds, keyword, 1)
     return int(values[0]) if values and math.isfinite(values[0]) else None
 
 
 def _padding(ds: Dataset) -> tuple[int, int] | None:
-    value = _integer(ds, "PixelPaddingValue")
+    value = integer(ds, "PixelPaddingValue")
     if value is None:
         return None
-    limit = _integer(ds, "PixelPaddingRangeLimit")
+    limit = integer(ds, "PixelPaddingRangeLimit")
     return value, value if limit is None else limit

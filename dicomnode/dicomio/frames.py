@@ -1,7 +1,7 @@
 """Frames of Enhanced CT and Legacy Converted Enhanced CT Instances, each with what it says."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -14,7 +14,7 @@ from dicomnode.core.pixels import Rescale
 from dicomnode.dicomio import codecs, dataset
 from dicomnode.dicomio.scan import Layout, Scanned
 from dicomnode.errors import CorruptObject, DicomError, UnsupportedObject
-from dicomnode.model import Reason, SliceHeader
+from dicomnode.model import Acquisition, Reason, SliceHeader
 
 # A native Frame, or the fragments of a compressed one.
 Raw = memoryview | tuple[memoryview, ...]
@@ -89,8 +89,26 @@ def _frame(own: Dataset, shared: Dataset, ds: Dataset, header: SliceHeader) -> F
                 group("PlaneOrientationSequence"), "ImageOrientationPatient", 6
             ),
             pixel_spacing=dataset.floats(group("PixelMeasuresSequence"), "PixelSpacing", 2),
+            acquisition=_acquisition(group, header.acquisition),
         ),
         rescale,
+    )
+
+
+def _acquisition(group: Callable[[str], Dataset], whole: Acquisition) -> Acquisition:
+    """What tells Frames of one place apart (PS3.3 C.7.6.16.2.2, C.7.6.16.2.7)."""
+    content, cardiac = group("FrameContentSequence"), group("CardiacSynchronizationSequence")
+    optional = dataset.optional
+    time = optional(lambda: dataset.text(content, "FrameReferenceDateTime")) or optional(
+        lambda: dataset.text(content, "FrameAcquisitionDateTime")
+    )
+    return Acquisition(
+        acquisition_number=optional(lambda: dataset.integer(content, "FrameAcquisitionNumber")),
+        temporal_position=optional(lambda: dataset.integer(content, "TemporalPositionIndex")),
+        trigger_time_ms=optional(lambda: dataset.finite(cardiac, "NominalCardiacTriggerDelayTime")),
+        content_time=time or "",
+        stack_id=optional(lambda: dataset.text(content, "StackID")) or "",
+        patient_position=whole.patient_position,
     )
 
 

@@ -10,9 +10,9 @@ from pydicom.dataset import Dataset
 
 from dicomnode.core import admission, geometry, outline, preprocess
 from dicomnode.core.pixels import Rescale
-from dicomnode.dicomio import codecs, dataset, frames, scan
+from dicomnode.dicomio import codecs, dataset, frames, rejection, scan
 from dicomnode.errors import CorruptObject, DicomError
-from dicomnode.model import Reason, SliceHeader
+from dicomnode.model import Reason, Rejection, SliceHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Decoded:
     reason: Reason | None = None
     detail: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS
+    rejection: Rejection | None = None  # of a rejection note
 
 
 def decode(
@@ -59,6 +60,8 @@ def decode(
         calling = dataset.calling_ae_title(ds)
         header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
     if reason := admission.refuse_instance(header):
+        if reason is Reason.NOT_CT and header.sop_class_uid == admission.KEY_OBJECT_SELECTION:
+            return (_key_objects(data, ds, header),)
         return (Decoded(header, reason=reason),)
     if header.sop_class_uid in admission.ENHANCED_CT:
         return _frames(data, scanned, ds, header, spec)
@@ -67,10 +70,23 @@ def decode(
     try:
         if scanned is not None and (image := _stored(scanned)) is not None:
             return (_prepared(header, image, scanned.rescale, spec),)
-        image, rescale = dataset.stored(ds or dataset.read(BytesIO(data)))
+        ds = ds or dataset.read(BytesIO(data))
+        if dataset.layout(ds).samples_per_pixel == 3:  # a picture of CT: PS3.3 C.8.2.1 has none
+            return (Decoded(header, reason=Reason.NOT_CT),)
+        image, rescale = dataset.stored(ds)
         return (_prepared(header, image, rescale, spec),)
     except DicomError as exc:
         return (Decoded(header, reason=exc.reason, detail=str(exc)),)
+
+
+def _key_objects(data: memoryview, ds: Dataset | None, header: SliceHeader) -> Decoded:
+    try:
+        if len(data) > rejection.MAX_BYTES:
+            raise CorruptObject(f"a Key Object Selection of {len(data)} bytes")
+        note = rejection.of_dataset(ds or dataset.read(BytesIO(data)), header)
+    except DicomError as exc:
+        return Decoded(header, reason=exc.reason, detail=str(exc))
+    return Decoded(header, reason=Reason.NOT_CT, rejection=note)
 
 
 def _frames(

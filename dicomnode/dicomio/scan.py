@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from dicomnode.core.pixels import Rescale
-from dicomnode.model import PatientKey, SliceHeader
+from dicomnode.model import Acquisition, PatientKey, SliceHeader
 
 # PS3.5 Table 7.1-1: these have two reserved bytes, then a length of four; the others one of two.
 _LONG = dict.fromkeys(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split(), True)
@@ -381,6 +381,13 @@ class _Elements:
             manufacturer=text(0x00080070),
             expected_instances=self._integer(0x00201209),
             issuer_is_default=not issuer,
+            acquisition=Acquisition(
+                acquisition_number=self._integer(0x00200012),
+                temporal_position=self._integer(0x00200100),
+                trigger_time_ms=(floats(0x00181060, 1) or (None,))[0],
+                content_time=text(0x00080033),
+                patient_position=text(0x00185100),
+            ),
         )
         return Scanned(
             header,
@@ -521,16 +528,21 @@ _WANTED: dict[int, tuple[bytes, ...]] = {
     0x00080018: (b"UI",),  # SOP Instance UID
     0x00080020: (b"DA",),  # Study Date
     0x00080030: (b"TM",),  # Study Time
+    0x00080033: (b"TM",),  # Content Time
     0x00080060: (b"CS",),  # Modality
     0x00080070: (b"LO",),  # Manufacturer
     0x00100020: (b"LO",),  # Patient ID
     0x00100021: (b"LO",),  # Issuer of Patient ID
     0x00180015: (b"CS",),  # Body Part Examined
+    0x00181060: (b"DS",),  # Trigger Time
+    0x00185100: (b"CS",),  # Patient Position
     0x0020000D: (b"UI",),  # Study Instance UID
     0x0020000E: (b"UI",),  # Series Instance UID
+    0x00200012: (b"IS",),  # Acquisition Number
     0x00200032: (b"DS",),  # Image Position (Patient)
     0x00200037: (b"DS",),  # Image Orientation (Patient)
     0x00200052: (b"UI",),  # Frame of Reference UID
+    0x00200100: (b"IS",),  # Temporal Position Identifier
     0x00201209: (b"IS",),  # Number of Series Related Instances
     0x00280002: (b"US",),  # Samples per Pixel
     0x00280004: (b"CS",),  # Photometric Interpretation

@@ -1,6 +1,7 @@
 """Finishes each Series on evidence that it is complete.
 
-Reads slice rows, writes the curve together with the pairs that follow from it.
+Reads slice rows, writes the curve together with the pairs that follow from it, and with what the
+rules that it meets ask for.
 """
 
 import logging
@@ -9,11 +10,14 @@ from datetime import datetime, timedelta
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from dicomnode import rules as ruling
 from dicomnode import store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.core import curve
 from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
+from dicomnode.outgoing.asking import Asking
+from dicomnode.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +33,13 @@ class AssembleStage:
         quiet_seconds: float,
         lost_seconds: float,
         audit: AuditLog | None = None,
+        asking: Asking | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.engine = engine
+        self.rules = rules or Rules()
         self.audit = audit or AuditLog(None)
+        self.asking = asking
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
         self.due: datetime | None = None  # when the next open Series will have been quiet
@@ -83,6 +91,11 @@ class AssembleStage:
             study_uid, associations = store.origin_of(session, series.id)
             result = outcome(session, series.series_uid, claimed)
             pairs = store.finish_series(session, series.id, result, claimed, evidence, now)
+            met = self.rules.met(session, series.id)
+            # Due at once: a Series is one thing, nothing else of its Study is waited for.
+            store.ask_deliveries(session, ruling.asks(series.series_uid, met), now, now)
+            if self.asking is not None and isinstance(result, ScoreCurve):
+                self.asking.curve_stored(session, series.series_uid, now)
         logger.info(
             "series finished",
             extra={
@@ -92,6 +105,7 @@ class AssembleStage:
                 "set_aside": len(claimed.set_aside),
                 "evidence": str(evidence),
                 "pairs": pairs,
+                "rules": [rule.name for rule in met],
             },
         )
         # The receiver reads no data set: its lines name the sender of each association, and this
@@ -117,6 +131,6 @@ def outcome(session: Session, series_uid: str, claimed: store.Claimed) -> ScoreC
         series_uid=series_uid,
         model=claimed.model,
         heights=store.heights_of(session, claimed.model),
-        refused=len(claimed.set_aside),
+        refused=sum(reason != Reason.REJECTED for reason in claimed.set_aside.values()),
         other_model=claimed.other_model,
     )

@@ -14,8 +14,13 @@ from typing import Protocol
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
+from dicomnode.node import deliver
+from dicomnode.node.commit import Commitments
+from dicomnode.node.hl7 import HL7Listener
+from dicomnode.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +40,36 @@ class Service(Protocol):
 
 def services_of(settings: Settings, engine: Engine) -> Sequence[Service]:
     """Return the services that the settings ask for."""
-    return ()
+    services: list[Service] = [
+        *deliver.services(settings, engine),
+        Commitments(settings, engine),
+    ]
+    if settings.priors.asked:
+        from dicomnode.node.catch_up import CatchUp
+        from dicomnode.node.fetch import Fetcher
+        from dicomnode.scu.archive import archive_of
+
+        audit = AuditLog(settings.audit_log)
+        if settings.priors.catch_up:
+            services.append(CatchUp(settings, engine))
+        services += [
+            Fetcher(settings, engine, archive_of(settings, name), audit)
+            for name in settings.priors.asked
+        ]
+    if settings.hl7.port is not None:
+        services.append(HL7Listener(settings, engine))
+    return services
 
 
 def run(settings: Settings, stop: threading.Event) -> None:
-    """Run every service until `stop` is set; errors of the database are waited out."""
+    """Run every service until `stop` is set; errors of the database are waited out.
+
+    Raises
+    ------
+    ConfigError
+        If a rule cannot be read.
+    """
+    Rules.of(settings)
     with contextlib.ExitStack() as stack:
         engine = None
         while engine is None and not stop.is_set():
@@ -52,9 +82,13 @@ def run(settings: Settings, stop: threading.Event) -> None:
                 stop.wait(RETRY_S[1])
         if engine is None:
             return
+        services = services_of(settings, engine)
+        for service in services:
+            # What a service holds open, beside its thread.
+            stack.callback(getattr(service, "close", lambda: None))
         threads = [
             threading.Thread(target=keep_on, args=(service, stop), name=service.name, daemon=True)
-            for service in services_of(settings, engine)
+            for service in services
         ]
         for thread in threads:
             thread.start()

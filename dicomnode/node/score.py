@@ -1,17 +1,22 @@
 """Decodes what is spooled and scores it in batches, slices of any Series together.
 
-Reads the spool, writes slice rows; a file leaves the spool after that commit, not before.
+Reads the spool, writes held pixels and slice rows; a file leaves the spool after that commit, not
+before.
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -19,11 +24,26 @@ import torch
 from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
+from dicomnode.audit import Act, AuditLog
 from dicomnode.core import preview
 from dicomnode.core.preprocess import Input
-from dicomnode.device import Runner
-from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
-from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
+from dicomnode.device import Runner, probes
+from dicomnode.errors import (
+    CorruptObject,
+    DeviceUnavailable,
+    DicomError,
+    TransientError,
+)
+from dicomnode.held import Held, Pixels
+from dicomnode.model import (
+    Reason,
+    Rejection,
+    Scores,
+    SeriesState,
+    SpooledEvent,
+    SpooledInstance,
+)
+from dicomnode.objects import source
 from dicomnode.spool import Entry, Spool
 from dicomnode.weights import Bundle
 
@@ -31,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 # A file that stops the worker this often, alone in its batch, is put aside.
 POISON_ATTEMPTS = 3
+# An input without a score is tried so often alone, once the device gave scores of others.
+ATTEMPTS_ALONE = 2
 # Of the Instances of a batch, unless one alone has more: 64 of CT have 34 MB, but one of Enhanced
 # CT may have hundreds of Frames, and 64 of those would hold a gigabyte of inputs.
 BATCH_BYTES = 256 << 20
@@ -50,22 +72,37 @@ class Scorer:
     ) -> None:
         self.bundle, self.device, self.batch, self.dtype = bundle, device, batch, dtype
         self._run = Runner(bundle, device, dtype, batch)
+        self._probes: list[Input] = []
 
     def score(self, inputs: Sequence[Input]) -> Scores:
         """Return the score of each input, (N,) float32; inputs are (size, size) uint8.
 
+        NaN for an input of which the network makes no number, though it does of others.
+
         Raises
         ------
         DeviceUnavailable
-            If the device gives no answer, or no numbers.
+            If the device gives no answer, or no numbers at all.
         """
+        scores = self._scores(inputs)
+        culprits = np.flatnonzero(~np.isfinite(scores)).tolist()
+        if culprits and not self._gives_numbers():
+            raise DeviceUnavailable(f"{self.device}: the network gave scores that are no numbers")
+        for k in culprits:
+            alone = (float(self._scores([inputs[k]])[0]) for _ in range(ATTEMPTS_ALONE))
+            scores[k] = next((score for score in alone if math.isfinite(score)), math.nan)
+        return scores
+
+    def _gives_numbers(self) -> bool:
+        """Whether the device gives scores of a drawn trunk."""
+        self._probes = self._probes or probes(self.bundle.spec)
+        return bool(np.isfinite(self._scores(self._probes)).any())
+
+    def _scores(self, inputs: Sequence[Input]) -> Scores:
         try:
-            scores = self._run(inputs)
+            return self._run(inputs)
         except RuntimeError as exc:
             raise DeviceUnavailable(f"{self.device}: {str(exc).splitlines()[0]}") from exc
-        if not np.isfinite(scores).all():
-            raise DeviceUnavailable(f"{self.device}: the network gave scores that are no numbers")
-        return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +146,13 @@ class ScoreStage:
         default_issuers: Mapping[str, str] | None = None,
         threads: int | None = None,
         keep_inputs: bool = True,
+        priors: store.AskPriors | None = None,
+        held: Held | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
-        self.spool, self.engine, self.scorer = spool, engine, scorer
+        self.audit = audit or AuditLog(None)
+        self.spool, self.engine, self.scorer, self.held = spool, engine, scorer, held
+        self.priors = priors
         self.keep_inputs = keep_inputs
         self.default_issuers = dict(default_issuers or {})
         # Decoding is parallel by slice; matrix products that fork threads of their own inside
@@ -140,7 +182,7 @@ class ScoreStage:
 
         Raises
         ------
-        StoreUnavailable, DeviceUnavailable
+        StoreUnavailable, DeviceUnavailable, HeldUnavailable
             Nothing is lost: the same entries come again.
         """
         batch, self._ahead = self._ahead, None
@@ -223,7 +265,12 @@ class ScoreStage:
     def _store(
         self, entries: list[SpooledInstance], read: Sequence[list[Read] | DicomError]
     ) -> None:
-        """Score what was decoded, store it, and let go of the entries, in this order."""
+        """Hold pixels, score what was decoded, store it, let go of the entries, in this order.
+
+        What is stored may finish its Series and be asked for by a rule: its pixels are there then.
+        """
+        if self.held is not None:
+            entries, read = self._hold(self.held, entries, read)
         inputs = [
             frame.decoded.input
             for frames in read
@@ -235,36 +282,90 @@ class ScoreStage:
         now = datetime.now(UTC)  # no arrival lies later, whatever the clock was then
         results: list[store.SliceResult] = []
         aside: list[tuple[SpooledInstance, Reason, str]] = []
+        sound: dict[str, SpooledInstance] = {}  # by SOP Instance UID
+        notes: list[tuple[SpooledInstance, Rejection]] = []
         for entry, frames in zip(entries, read, strict=True):
             if isinstance(frames, DicomError):
                 aside.append((entry, frames.reason, str(frames)))
                 continue
-            unsound = [f.decoded for f in frames if _is_unsound(f.decoded.reason)]
-            if unsound and unsound[0].reason is not None:
-                aside.append((entry, unsound[0].reason, unsound[0].detail))
+            scored = [_scored(frame, scores) for frame in frames]
+            unsound = [(d.reason, d.detail) for d, _ in scored if _is_unsound(d.reason)]
+            if unsound and unsound[0][0] is not None:
+                aside.append((entry, unsound[0][0], unsound[0][1]))
+            notes += [(entry, d.rejection) for d, _ in scored if d.rejection is not None]
+            if any(score is not None for _, score in scored):
+                sound[frames[0].decoded.header.sop_instance_uid] = entry
             results += [
                 store.SliceResult(
-                    frame.decoded.header,
+                    decoded.header,
                     entry.association_id,
                     min(entry.arrived_at, now),
-                    next(scores) if frame.decoded.input is not None else None,
-                    frame.decoded.reason,
-                    frame.decoded.body_centre_mm,
-                    frame.preview,
+                    score,
+                    decoded.reason,
+                    decoded.body_centre_mm,
+                    frame.preview if score is not None else None,
                 )
-                for frame in frames
-                if frame.decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series
+                for (decoded, score), frame in zip(scored, frames, strict=True)
+                if decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series
             ]
         with store.writing(self.engine) as session:
-            store.record_slices(session, self.scorer.bundle.digest, results)
+            # Before the slices of this batch, which may be what a note names.
+            hidden = [
+                store.record_rejection(
+                    session, note, entry.association_id, min(entry.arrived_at, now)
+                )
+                for entry, note in notes
+            ]
+            describe = partial(self._describe, sound)
+            store.record_slices(session, self.scorer.bundle.digest, results, describe, self.priors)
             for entry, reason, detail in aside:
                 store.record_quarantined(session, entry.name, reason, detail, entry.arrived_at)
+        for (entry, note), done in zip(notes, hidden, strict=True):
+            self._tell(entry, note, done)
         for entry, reason, _ in aside:
             self.spool.quarantine(entry, reason)
             logger.warning(
                 "instance quarantined", extra={"file": entry.name, "reason": str(reason)}
             )
         self.spool.remove(*entries)
+
+    def _hold(
+        self, held: Held, entries: list[SpooledInstance], read: Sequence[list[Read] | DicomError]
+    ) -> tuple[list[SpooledInstance], list[list[Read] | DicomError]]:
+        """Hold the pixels of a batch, and return what of it may be stored: all, or nearly so."""
+        pixels = [_pixels(self.spool, *both) for both in zip(entries, read, strict=True)]
+        try:
+            held.put([one for one in pixels if one is not None])
+            return entries, list(read)
+        except OSError:
+            held.check()
+        failed: list[tuple[SpooledInstance, OSError]] = []
+        for entry, one in zip(entries, pixels, strict=True):
+            try:
+                held.put([one] if one is not None else [])
+            except OSError as exc:
+                failed.append((entry, exc))
+        for entry, why in failed:
+            # Others may pass it meanwhile; what is in its way, a person has to see.
+            self.spool.set_back(entry)
+            logger.error("pixels not held", extra={"file": entry.name, "reason": why.strerror})
+        names = {entry.name for entry, _ in failed}
+        stored = [both for both in zip(entries, read, strict=True) if both[0].name not in names]
+        return [entry for entry, _ in stored], [frames for _, frames in stored]
+
+    def _tell(self, entry: SpooledInstance, note: Rejection, hidden: store.Hidden) -> None:
+        told: dict[str, Any] = {
+            "note": note.sop_instance_uid,
+            "title": note.code,
+            "instances": len(note.instances),
+            "hidden": hidden.instances,
+            "series": list(hidden.series),
+        }
+        logger.info("instances rejected", extra=told)
+        studies = sorted(note.studies)
+        self.audit.write(
+            Act.REJECTED, association_id=entry.association_id, study_uids=studies, **told
+        )
 
     def _read(self, entry: SpooledInstance) -> list[Read] | DicomError:
         """Return what an Instance holds, Frame by Frame, or what is wrong with it."""
@@ -288,6 +389,16 @@ class ScoreStage:
             # What no rule foresaw must not stop the queue behind it.
             logger.exception("instance not understood", extra={"file": entry.name})
             return CorruptObject(f"not understood: {type(exc).__name__}")
+
+    def _describe(
+        self, sound: Mapping[str, SpooledInstance], result: store.SliceResult
+    ) -> dict[str, str]:
+        """Return the texts of the header of a slice: what decoding it does not read."""
+        data = self.spool.read(sound[result.header.sop_instance_uid])
+        try:
+            return source.texts_of(dicomio.read(BytesIO(data), pixels=False))
+        except DicomError:  # what was understood of it is in its slices
+            return {}
 
     def _end(self, event: SpooledEvent) -> None:
         with store.writing(self.engine) as session:
@@ -332,10 +443,36 @@ class ScoreStage:
         os.replace(partial, self._in_flight)
 
 
+def _pixels(spool: Spool, entry: SpooledInstance, frames: list[Read] | DicomError) -> Pixels | None:
+    """Return what of an entry is to be held: CT of which something could be read."""
+    if isinstance(frames, DicomError) or not any(_is_worth(f.decoded.reason) for f in frames):
+        return None
+    header = frames[0].decoded.header
+    uids = header.study_uid, header.series_uid, header.sop_instance_uid
+    return Pixels(*uids, spool.read(entry))
+
+
+def _is_worth(reason: Reason | None) -> bool:
+    # A slice that was set aside, such as a scout view, is part of its Series all the same.
+    return reason is not Reason.NOT_CT and not _is_unsound(reason)
+
+
 def _up_to_event(entries: list[Entry]) -> list[SpooledInstance]:
     """Return Instances before the next event: what ended is noted after all it brought."""
     end = next((i for i, e in enumerate(entries) if isinstance(e, SpooledEvent)), len(entries))
     return [entry for entry in entries[:end] if isinstance(entry, SpooledInstance)]
+
+
+def _scored(frame: Read, scores: Iterator[float]) -> tuple[dicomio.Decoded, float | None]:
+    """A Frame and its score, the next of them; set aside where that is none."""
+    decoded = frame.decoded
+    if decoded.input is None:
+        return decoded, None
+    score = next(scores)
+    if math.isfinite(score):
+        return decoded, score
+    detail = "the network gives no number for it"
+    return replace(decoded, input=None, reason=Reason.NO_SCORE, detail=detail), None
 
 
 def _is_unsound(reason: Reason | None) -> bool:

@@ -20,6 +20,9 @@ from dicomnode import store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
+from dicomnode.held import Held
+from dicomnode.outgoing.asking import Asking
+from dicomnode.rules import Rules
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
 
@@ -36,6 +39,8 @@ TAKEOVER_S = 0.5  # between looks at a lease that another worker holds
 FIRST_START_S = 60.0  # a part that says within it that a setting is wrong ends the node
 DEVICE_FAILURES = 5
 PRUNE_S = 600.0  # between looks at what was kept long enough
+SWEEP_S = 2.0  # between looks at held pixels
+SWEEP_SHARE = 50  # of the time, one part in so many goes into these looks at most
 PORT_S = 15.0  # how long to wait for the port
 STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 
@@ -43,8 +48,9 @@ STOP_S = 20.0  # a part that does not stop by itself in this time is killed
 class Worker:
     """Takes one spool through score, assemble and align, a little of each in turn.
 
-    No stage waits for the next: each step does a bounded piece of work and commits it. What was
-    kept long enough is dropped when nothing else is left to do.
+    No stage waits for the next: each step does a bounded piece of work and commits it. Inputs that
+    were kept long enough are dropped when nothing else is left to do. Held pixels that nobody
+    wants go whatever there is to do, and first: that may be what makes room to go on.
     """
 
     def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
@@ -53,7 +59,9 @@ class Worker:
         from dicomnode.node.assemble import AssembleStage
         from dicomnode.node.prune import PruneStage
         from dicomnode.node.score import Scorer, ScoreStage
+        from dicomnode.node.sweep import SweepStage
 
+        rules = Rules.of(settings)
         bundle = weights.load(settings.score.model)
         on = weights.pick_device(settings.score.device)
         dtype = device.pick_dtype(settings.score.dtype, bundle, on)
@@ -64,12 +72,39 @@ class Worker:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
             stale = store.count_stale(session, bundle.digest)
         days = settings.keep.previews_days
-        self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
+        priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
+        self._held = held_of(settings)
         self._audit = AuditLog(settings.audit_log)
-        self._assemble = AssembleStage(
-            engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit
+        self._score = ScoreStage(
+            spool,
+            engine,
+            scorer,
+            issuers,
+            keep_inputs=days > 0,
+            priors=priors,
+            held=self._held,
+            audit=self._audit,
         )
-        self._align = AlignStage(engine)
+        asking = Asking(settings)
+        self._assemble = AssembleStage(
+            engine,
+            settings.series.quiet_seconds,
+            settings.series.lost_seconds,
+            self._audit,
+            asking,
+            rules,
+        )
+        # Always: what rules of before left behind is looked after as well.
+        self._sweep = SweepStage(
+            engine,
+            Held(settings.held_path),
+            [rule.name for rule in rules.rules],
+            settings.keep.rule_days,
+            settings.keep.late_seconds,
+            settings.refuse_below_bytes,
+        )
+        self._sweep_at = -math.inf
+        self._align = AlignStage(engine, asking)
         self._prune = PruneStage(engine, days)
         self._batch = settings.score.batch
         self._assembled_at = self._aligned_at = self._pruned_at = -math.inf
@@ -91,6 +126,8 @@ class Worker:
     def close(self) -> None:
         """Let go of threads."""
         self._score.close()
+        if self._held is not None:
+            self._held.close()
         self._audit.write(Act.STOPPED, part="worker")
         self._audit.close()
 
@@ -99,6 +136,10 @@ class Worker:
 
         0 means that nothing is left to do, except that open Series may become quiet.
         """
+        if (begun := time.monotonic()) >= self._sweep_at:
+            self._sweep.step(datetime.now(UTC))
+            took = time.monotonic() - begun
+            self._sweep_at = time.monotonic() + max(SWEEP_S, SWEEP_SHARE * took)
         taken = self._score.step()
         self.is_alone = taken.last and 0 < taken.instances < self._batch
         done = taken.instances + (taken.until is not None)
@@ -127,6 +168,25 @@ class Worker:
         if self._assemble.due is None:
             return IDLE_S
         return min(IDLE_S, max(0.0, (self._assemble.due - datetime.now(UTC)).total_seconds()))
+
+
+def held_of(settings: Settings) -> Held | None:
+    """Return where pixels are put once they are scored, None where nobody needs them.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be made.
+    """
+    if not settings.holds:
+        return None
+    held = Held(settings.keep.dicom_path or settings.held_path)
+    try:
+        held.make()
+    except OSError as exc:
+        key = "spool.path" if settings.keep.dicom_path is None else "keep.dicom_path"
+        raise ConfigError(f"{key}: {held.path}: {exc.strerror}") from exc
+    return held
 
 
 def work(settings: Settings, stop: threading.Event) -> None:
@@ -237,7 +297,14 @@ def supervise(
     -------
     int
         Exit status: 2 where a part says that its settings are wrong.
+
+    Raises
+    ------
+    ConfigError
+        If a rule cannot be read, or the port is taken.
     """
+    if worker:
+        Rules.of(settings)  # before any peer is let in
     listening = _listen(settings, stop)
     if listening is None:
         return 0

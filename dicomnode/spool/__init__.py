@@ -28,7 +28,7 @@ from dicomnode.spool.names import EVENT_KINDS, NAME, Entry
 Durability = Literal["journal", "file"]
 
 SEGMENT_BYTES = 64 << 20
-# An entry that could not be set aside lets others pass for so long.
+# An entry that could not be set aside, or be held, lets others pass for so long.
 STUCK_S = 30.0
 
 __all__ = ["EVENT_KINDS", "SEGMENT_BYTES", "Disk", "Durability", "Entry", "Spool"]
@@ -170,9 +170,13 @@ class Spool:
                     self._copy(entry.place, aside)
                     self.remove(entry)
         except SpoolFull:
-            self._stuck[entry.name] = time.monotonic() + STUCK_S
+            self.set_back(entry)
             raise
         return aside
+
+    def set_back(self, entry: SpooledInstance) -> None:
+        """Let others pass an entry for a while: it cannot be dealt with now."""
+        self._stuck[entry.name] = time.monotonic() + STUCK_S
 
     def is_stuck(self, name: str) -> bool:
         """Whether an entry could not be set aside, and lets others pass for a while."""

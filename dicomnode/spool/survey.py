@@ -46,6 +46,8 @@ def survey(path: Path) -> list[Part]:
     for name in ("incoming", "quarantine"):
         if (path / name).is_dir():
             parts.append(_folder(path / name))
+    if (path / "held").is_dir():
+        parts.append(_held(path / "held"))
     return parts
 
 
@@ -105,6 +107,18 @@ def _folder(folder: Path) -> Part:
             if folder.name == "quarantine" or NAME.fullmatch(file.name):
                 sizes.append(file.stat().st_size)
                 times += [int(file.name[:20])] if file.name[:20].isdigit() else []
+    oldest = _time(min(times, default=None))
+    return Part(folder.name, None, 0, 0, 0, sum(sizes), len(sizes), sum(sizes), oldest)
+
+
+def _held(folder: Path) -> Part:
+    """Pixels that were scored and that a rule may still want: FOLDER/STUDY/SERIES/INSTANCE.dcm."""
+    sizes, times = [], []
+    for file in folder.glob("*/*/*.dcm"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            sizes.append(status.st_size)
+            times.append(status.st_mtime_ns)
     oldest = _time(min(times, default=None))
     return Part(folder.name, None, 0, 0, 0, sum(sizes), len(sizes), sum(sizes), oldest)
 

@@ -1,16 +1,33 @@
 """Offsets: which pairs wait for one, and what was found."""
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, exists, func, select, update
+from sqlalchemy import (
+    Select,
+    and_,
+    bindparam,
+    case,
+    collate,
+    delete,
+    exists,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session, aliased
 
 from db import schema
 from dicomnode.core import robust
 from dicomnode.model import Method, Offset, OffsetStatus, PatientKey, SeriesState
+from dicomnode.store.identity import group_of, hold_identity, members_of, of_keys
 from dicomnode.store.rows import stored_offset
+from dicomnode.store.session import insert, insert_new
 from dicomnode.store.values import FoundPair, PendingOffset, StoredOffset
 
 OTHER_BUNDLE = "scored by different bundles"
@@ -18,47 +35,148 @@ OTHER_BUNDLE = "scored by different bundles"
 
 def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
     """Write the work that a new curve brings: every curve of the patient's other studies."""
-    if not PatientKey(series.patient_id, series.issuer).known:
+    key = PatientKey(series.patient_id, series.issuer)
+    if not key.known:
         return 0
+    hold_identity(session)
+    group = group_of(session, key)
     if session.get_bind().dialect.name == "postgresql":
         # Two workers that finish two studies of one patient at once would each not see the
         # other's curve yet. SQLite has one writer at a time.
-        key = f"{series.issuer}\\{series.patient_id}"
-        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))
-    rows = session.execute(
-        select(schema.Series, schema.Series.state, schema.Curve.model)
-        .join(schema.Curve)
-        .where(
-            schema.Series.patient_id == series.patient_id,
-            schema.Series.issuer == series.issuer,
-            schema.Series.study_uid != series.study_uid,
-        )
-    ).all()
-    # Here and not in the query: SQLite, asked for patient and state, looks through the index of
-    # states, which is every curve of the node (160 ms for a million Series).
-    others = [
-        (other, other_model) for other, state, other_model in rows if state == SeriesState.CURVE
-    ]
-    now = series.finished_at
-    refused = {"status": OffsetStatus.REFUSED, "reason": OTHER_BUNDLE, "computed_at": now}
-    for other, other_model in others:
+        name = f"{series.issuer}\\{series.patient_id}" if group is None else f"\\{group}\\"
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+    keys = [key] if group is None else members_of(session, group)
+    rows: list[dict[str, Any]] = []
+    waiting = 0
+    for other, study, when, other_model in _curves_of_keys(session, keys):
+        if study == series.study_uid:
+            continue
         # Both time directions: whichever study is newer is fixed, however late the prior came.
-        fixed, moving = sorted((series, other), key=_age, reverse=True)
+        own = _age(series.study_datetime, series.study_uid), series.id
+        (_, moving), (_, fixed) = sorted((own, (_age(when, study), other)))
+        refused = other_model != model
+        waiting += not refused
+        rows += [
+            {
+                "fixed_series_id": fixed,
+                "moving_series_id": moving,
+                "method": method,
+                "model": model,
+                "status": OffsetStatus.REFUSED if refused else None,
+                "reason": OTHER_BUNDLE if refused else None,
+                "computed_at": series.finished_at if refused else None,
+            }
+            for method in Method
+        ]
+    insert_new(session, schema.Offset, rows)
+    return waiting
+
+
+def ask_offsets_between(
+    session: Session, ours: Sequence[PatientKey], theirs: Sequence[PatientKey], now: datetime
+) -> int:
+    """Write the work that one patient of two brings: every curve of one with those of the other."""
+    mine, others = _curves_of_keys(session, ours), _curves_of_keys(session, theirs)
+    counts = Counter((study, model) for _, study, _, model in others)
+    models = Counter(model for *_, model in others)
+    waiting = sum(models[model] - counts[study, model] for _, study, _, model in mine)
+    if mine and others:
+        # By the database itself: two patients of 500 Series each are 750,000 rows.
         for method in Method:
-            session.add(
-                schema.Offset(
-                    fixed_series_id=fixed.id,
-                    moving_series_id=moving.id,
-                    method=method,
-                    model=model,
-                    **({} if other_model == model else refused),
-                )
+            session.execute(_insert_between(session, ours, theirs, method, now))
+    return waiting
+
+
+def drop_offsets_between(
+    session: Session, ours: Sequence[PatientKey], theirs: Sequence[PatientKey]
+) -> int:
+    """Delete every offset between two patients, and return how many pairs of Series had some."""
+    dropped = 0
+    for fixed, moving in ((ours, theirs), (theirs, ours)):
+        result = session.execute(
+            delete(schema.Offset)
+            .where(
+                schema.Offset.fixed_series_id.in_(series_of_keys(fixed, schema.Series.id)),
+                schema.Offset.moving_series_id.in_(series_of_keys(moving, schema.Series.id)),
             )
-    return sum(other_model == model for _, other_model in others)
+            .execution_options(synchronize_session=False)
+        )
+        dropped += result.rowcount  # type: ignore[attr-defined]  # a CursorResult
+    return dropped // len(Method)
 
 
-def _age(series: schema.Series) -> tuple[datetime, str]:
-    return series.study_datetime or datetime.min, series.study_uid
+def series_of_keys(keys: Sequence[PatientKey], column: Any) -> Select[Any]:
+    """Return the query for a column of the Series of a patient, whatever their state."""
+    return select(column).where(of_keys(schema.Series.patient_id, schema.Series.issuer, keys))
+
+
+def _insert_between(
+    session: Session,
+    ours: Sequence[PatientKey],
+    theirs: Sequence[PatientKey],
+    method: Method,
+    now: datetime,
+) -> Any:
+    """Return the statement that pairs all curves of one patient with all of another."""
+    one, other = aliased(schema.Series), aliased(schema.Series)
+    its, others = aliased(schema.Curve), aliased(schema.Curve)
+    # As Python compares: UIDs by their characters, whatever the locale of the database.
+    locale = "C" if session.get_bind().dialect.name == "postgresql" else "BINARY"
+    undated = datetime.min
+    at, other_at = (func.coalesce(s.study_datetime, undated) for s in (one, other))
+    is_newer = or_(
+        at > other_at,
+        and_(at == other_at, collate(one.study_uid, locale) > collate(other.study_uid, locale)),
+    )
+    alike = its.model == others.model
+    columns = {
+        "fixed_series_id": case((is_newer, one.id), else_=other.id),
+        "moving_series_id": case((is_newer, other.id), else_=one.id),
+        "method": literal(str(method)),
+        "model": its.model,
+        "status": case((alike, null()), else_=literal(str(OffsetStatus.REFUSED))),
+        "reason": case((alike, null()), else_=literal(OTHER_BUNDLE)),
+        "computed_at": case((alike, null()), else_=literal(now, schema.UTCDateTime())),
+    }
+    query = (
+        select(*columns.values())
+        .select_from(one)
+        .join(its, its.series_id == one.id)
+        .join(other, other.study_uid != one.study_uid)
+        .join(others, others.series_id == other.id)
+        .where(
+            of_keys(one.patient_id, one.issuer, ours),
+            of_keys(other.patient_id, other.issuer, theirs),
+            # Joined to nothing, so that no index of it is taken: see `_curves_of_keys`.
+            *((s.state + "") == str(SeriesState.CURVE) for s in (one, other)),
+        )
+    )
+    new = insert(session, schema.Offset).from_select(list(columns), query)
+    return new.on_conflict_do_nothing()
+
+
+def _curves_of_keys(
+    session: Session, keys: Sequence[PatientKey]
+) -> list[tuple[int, str, datetime | None, str]]:
+    """Return Series, Study, its time and bundle of each finished curve of a patient."""
+    series = schema.Series
+    query = (
+        select(series.id, series.study_uid, series.study_datetime, schema.Curve.model, series.state)
+        .join(schema.Curve, schema.Curve.series_id == series.id)
+        .where(of_keys(series.patient_id, series.issuer, keys))
+        .order_by(series.id)
+    )
+    # The state here and not in the query: SQLite, asked for both, looks through the index of
+    # states, which is every curve of the node (160 ms for a million Series).
+    return [
+        (id_, study, when, model)
+        for id_, study, when, model, state in session.execute(query)
+        if state == SeriesState.CURVE
+    ]
+
+
+def _age(when: datetime | None, study_uid: str) -> tuple[datetime, str]:
+    return when or datetime.min, study_uid
 
 
 def pending_offsets(session: Session, limit: int) -> list[PendingOffset]:
@@ -91,6 +209,7 @@ def store_offsets(
     """
     if not found:
         return
+    hold_identity(session)
     rows = [
         {
             "offset_id": pending.id,

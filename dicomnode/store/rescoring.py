@@ -1,5 +1,6 @@
 """Curves of another bundle: which there are, their kept inputs, and their scores exchanged."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
@@ -7,7 +8,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from db import schema
-from dicomnode.model import Evidence, SeriesState
+from dicomnode.model import Evidence, Reason, SeriesState
+from dicomnode.store.identity import hold_identity
 from dicomnode.store.intake import claimed_slices, reopen
 from dicomnode.store.previews import read_previews
 from dicomnode.store.rows import instances
@@ -104,9 +106,11 @@ def exchange_scores(
 ) -> Claimed | None:
     """Lock a finished Series, reopen it under new scores, and return its slices.
 
-    To be finished within the same transaction. None where the Series changed since `kept` was
+    To be finished within the same transaction. A slice whose new score is no number is set aside,
+    without its input. None where the Series changed since `kept` was
     read: it is then left as it is.
     """
+    hold_identity(session)  # before the row is locked: its pairs are asked for anew
     series = session.scalar(
         select(schema.Series)
         .where(schema.Series.id == kept.series_id)
@@ -119,7 +123,12 @@ def exchange_scores(
     rows = session.scalars(select(schema.Slice).where(schema.Slice.series_id == series.id))
     for row in rows:
         if (row.sop_instance_uid, row.frame) in scores:
-            row.model, row.score = model, scores[row.sop_instance_uid, row.frame]
+            score = scores[row.sop_instance_uid, row.frame]
+            if math.isfinite(score):
+                row.model, row.score = model, score
+            else:
+                row.model = row.score = row.preview = None
+                row.reason = Reason.NO_SCORE
     session.flush()
     return claimed_slices(session, series.id)
 

@@ -14,6 +14,7 @@ from dicomnode.core import region
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.region import Region
 from dicomnode.model import (
+    Acquisition,
     Evidence,
     Flag,
     Floats,
@@ -36,7 +37,17 @@ def curve_row(
     """Return the row of a finished curve; slices run parallel to it."""
     frames = list(dict.fromkeys(s.frame_of_reference_uid for s in slices))
     place = {f: i for i, f in enumerate(frames)}
-    members = [[s.sop_instance_uid, s.frame, place[s.frame_of_reference_uid]] for s in slices]
+    classes = list(dict.fromkeys(s.sop_class_uid or None for s in slices))
+    kind = {c: i for i, c in enumerate(classes)}
+    members = [
+        [
+            s.sop_instance_uid,
+            s.frame,
+            place[s.frame_of_reference_uid],
+            kind[s.sop_class_uid or None],
+        ]
+        for s in slices
+    ]
     return schema.Curve(
         series_id=series.id,
         model=curve.model,
@@ -48,12 +59,14 @@ def curve_row(
         image_orientation=list(slices[0].image_orientation),
         instances=zlib.compress(json.dumps(members, separators=(",", ":")).encode()),
         frames_of_reference=frames,
+        sop_classes=classes,
         height_min_mm=float(curve.height_mm.min()),
         height_max_mm=float(curve.height_mm.max()),
         pearson_r=curve.quality.pearson_r,
         slope=curve.quality.slope,
         flags=list(curve.quality.flags),
         computed_at=now,
+        acquisitions=_packed([s.acquisition for s in slices]),
         body_centre=None
         if curve.body_centre_mm is None
         else curve.body_centre_mm.astype("<f8").tobytes(),
@@ -154,12 +167,14 @@ SLICES = select(
     cast(schema.Slice.image_orientation, Text),
     schema.Slice.frame_of_reference_uid,
     cast(schema.Slice.body_centre, Text),
+    schema.Slice.sop_class_uid,
+    cast(schema.Slice.acquisition, Text),
 )
 
 
 def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
     """Return slices that have a score, of rows of `SLICES`."""
-    positions, orientations, centres = (_lists(rows, column) for column in (5, 6, 8))
+    positions, orientations, centres, told = (_lists(rows, column) for column in (5, 6, 8, 10))
     return tuple(
         ScoredSlice(
             sop_instance_uid=row[0],
@@ -169,9 +184,11 @@ def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
             score=row[3],
             frame_of_reference_uid=row[7],
             body_centre_mm=(centre[0], centre[1]) if centre else None,
+            sop_class_uid=row[9] or "",
+            acquisition=Acquisition(*values) if values else Acquisition(),
         )
-        for row, position, orientation, centre in zip(
-            rows, positions, orientations, centres, strict=True
+        for row, position, orientation, centre, values in zip(
+            rows, positions, orientations, centres, told, strict=True
         )
     )
 
@@ -193,9 +210,39 @@ def body_centres(row: schema.Curve) -> Floats | None:
     return array(row.body_centre, "<f8").astype(np.float64).reshape(-1, 2)
 
 
+def acquisition_values(acquisition: Acquisition) -> list[Any]:
+    """Return what is stored of what tells a slice apart from others of its place."""
+    a = acquisition
+    # A time or name that is longer is none; a file may say anything. In the order of the class.
+    texts = (text[:64] for text in (a.content_time, a.stack_id, a.patient_position))
+    return [a.acquisition_number, a.temporal_position, a.trigger_time_ms, *texts]
+
+
+def acquisitions(row: schema.Curve) -> list[list[Any]] | None:
+    """Return the values of each slice of a stored curve; None where none were stored."""
+    if row.acquisitions is None:
+        return None
+    columns = json.loads(zlib.decompress(row.acquisitions))
+    return [list(values) for values in zip(*columns, strict=True)]
+
+
+def _packed(told: list[Acquisition]) -> bytes:
+    # Value by value, since most are alike for all slices.
+    columns = [list(column) for column in zip(*map(acquisition_values, told), strict=True)]
+    return zlib.compress(json.dumps(columns, separators=(",", ":")).encode())
+
+
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:
     """Return (SOP Instance UID, frame, index into frames_of_reference) of each slice."""
-    return [(uid, frame, f) for uid, frame, f in json.loads(zlib.decompress(row.instances))]
+    return [(uid, frame, f) for uid, frame, f, *_ in json.loads(zlib.decompress(row.instances))]
+
+
+def sop_classes(row: schema.Curve) -> list[str | None]:
+    """Return the SOP Class UID of each slice, None where it was not kept."""
+    members = json.loads(zlib.decompress(row.instances))
+    if row.sop_classes is None:
+        return [None] * len(members)
+    return [row.sop_classes[member[3]] for member in members]
 
 
 def _coverage(

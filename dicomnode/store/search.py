@@ -56,9 +56,11 @@ from dicomnode.mining.tree import (
 )
 from dicomnode.model import Flag, Floats, PatientKey, Reason, SeriesState
 from dicomnode.store.coverage import BITS, STEP_UM, STEPS, flags_of, step
+from dicomnode.store.identity import of_keys, patient_keys
 from dicomnode.store.session import reading
 
 SERIES, COVERAGE, STRETCH = schema.Series, schema.Coverage, schema.Stretch
+MEMBER = schema.PatientMember
 
 # Most questions find a page among the newest Series. Where so many were walked back through and
 # the page is not full, what is asked for is rare: only then is the index of cells worth more.
@@ -238,6 +240,19 @@ def matches(session: Session, ids: Sequence[int]) -> list[Match]:
     return [found[id_] for id_ in ids if id_ in found]
 
 
+def state_of(session: Session, series_uid: str) -> SeriesState | None:
+    """Return where a Series stands, None where the node does not know it."""
+    state = session.scalar(select(SERIES.state).where(SERIES.series_uid == series_uid))
+    return None if state is None else SeriesState(state)
+
+
+def match_of(session: Session, series_uid: str) -> Match | None:
+    """Return one Series with its curve, None where it has none."""
+    query = select(SERIES.id).join(COVERAGE, COVERAGE.series_id == SERIES.id)
+    series_id = session.scalar(query.where(SERIES.series_uid == series_uid))
+    return None if series_id is None else matches(session, [series_id])[0]
+
+
 def records(session: Session, ids: Sequence[int]) -> dict[int, Record]:
     """Return what `mining.evaluate` may ask of the Series of these ids."""
     rows = session.execute(
@@ -256,6 +271,7 @@ class _Search:
 
     expression: Expression
     numbers: Mapping[str, int]  # digest -> number
+    linked: bool = False  # whether some patient has several keys
 
     @classmethod
     def of(cls, session: Session, expression: Expression) -> "_Search":
@@ -263,7 +279,10 @@ class _Search:
             # To compile a question takes longer (0.3 s) than most take to be answered.
             session.execute(text("SET LOCAL jit = off"))
         rows = session.execute(select(schema.Bundle.digest, schema.Bundle.id))
-        return cls(expression, {digest: number for digest, number in rows})
+        linked = any(isinstance(atom, Prior) for atom in atoms(expression.node)) and (
+            session.scalar(select(MEMBER.group_id).limit(1)) is not None
+        )
+        return cls(expression, {digest: number for digest, number in rows}, linked)
 
     @property
     def key(self) -> Any:
@@ -381,7 +400,7 @@ class _Search:
                     column.is_not(None),
                 )
             case Prior(days):
-                return _prior(days)
+                return or_(_prior(days), _linked_prior(days)) if self.linked else _prior(days)
         raise AssertionError(atom)  # the match above names every Atom
 
 
@@ -413,25 +432,48 @@ def _midnight(day: date, zone: Any) -> datetime:
 
 
 def _prior(days: int | None) -> ColumnElement[bool]:
-    prior = aliased(SERIES)
+    """Whether there is a prior under the same patient key."""
     query = (
         select(1)
-        .select_from(prior)
-        .join(COVERAGE_OF_PRIOR, COVERAGE_OF_PRIOR.series_id == prior.id)
+        .select_from(PRIOR)
+        .join(COVERAGE_OF_PRIOR, COVERAGE_OF_PRIOR.series_id == PRIOR.id)
         .where(
-            prior.patient_id == SERIES.patient_id,
-            prior.issuer == SERIES.issuer,
+            PRIOR.patient_id == SERIES.patient_id,
+            PRIOR.issuer == SERIES.issuer,
             SERIES.patient_id != "",  # nobody has no priors
-            prior.study_uid != SERIES.study_uid,
-            prior.study_datetime < SERIES.study_datetime,
         )
-        .correlate(SERIES)
     )
-    if days is not None:
-        query = query.where(_DaysBetween(prior.study_datetime, SERIES.study_datetime) <= days)
-    return exists(query)
+    return exists(_before(query, SERIES, days).correlate(SERIES))
 
 
+def _linked_prior(days: int | None) -> ColumnElement[bool]:
+    """Whether there is a prior under another key of the patient.
+
+    Patients of several keys are few: what they have is found once, not for each Series.
+    """
+    own, other, one = aliased(MEMBER), aliased(MEMBER), aliased(SERIES)
+    query = (
+        select(one.id)
+        .select_from(own)
+        .join(one, and_(one.patient_id == own.patient_id, one.issuer == own.issuer))
+        .join(other, other.group_id == own.group_id)
+        .join(PRIOR, and_(PRIOR.patient_id == other.patient_id, PRIOR.issuer == other.issuer))
+        .join(COVERAGE_OF_PRIOR, COVERAGE_OF_PRIOR.series_id == PRIOR.id)
+    )
+    return SERIES.id.in_(_before(query, one, days))
+
+
+def _before(query: Select[Any], series: Any, days: int | None) -> Select[Any]:
+    """Return a query for those that are priors of a Series alone."""
+    query = query.where(
+        PRIOR.study_uid != series.study_uid, PRIOR.study_datetime < series.study_datetime
+    )
+    if days is None:
+        return query
+    return query.where(_DaysBetween(PRIOR.study_datetime, series.study_datetime) <= days)
+
+
+PRIOR = aliased(SERIES)
 COVERAGE_OF_PRIOR = aliased(COVERAGE)
 
 
@@ -620,8 +662,11 @@ def _record(
         select(SERIES.study_datetime)
         .join(COVERAGE, COVERAGE.series_id == SERIES.id)
         .where(
-            SERIES.patient_id == s.patient_id,
-            SERIES.issuer == s.issuer,
+            of_keys(
+                SERIES.patient_id,
+                SERIES.issuer,
+                patient_keys(session, PatientKey(s.patient_id, s.issuer)),
+            ),
             SERIES.patient_id != "",
             SERIES.study_uid != s.study_uid,
         )

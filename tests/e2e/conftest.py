@@ -94,6 +94,7 @@ class Node:
         prefix: Sequence[str] = (),
         more_settings: str = "",
         receivers: int = 1,
+        peers: Mapping[str, int] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.prefix = folder, list(prefix)
@@ -107,14 +108,16 @@ class Node:
         self.tracebacks_of: set[str] = set()
         self._receivers = receivers
         self._quiet_seconds, self._lost_seconds = quiet_seconds, lost_seconds
-        self._more_settings = more_settings  # TOML, sections that are not in `write_config`
+        self.more_settings = more_settings  # TOML, sections that are not in `write_config`
         self._process: subprocess.Popen[bytes] | None = None
         self._parts: dict[int, psutil.Process] = {}  # every part that was ever seen
         self._resources = contextlib.ExitStack()
+        self._peers = peers  # AE title -> port; those of `PEERS` where there are none
         self.write_config(self.config)
 
     def write_config(self, path: Path, peers: Mapping[str, int] | None = None) -> Path:
         """Write settings of this node, with other peers where they are named, and return them."""
+        peers = self._peers if peers is None else peers
         peers = {title: self.port for title in PEERS} if peers is None else peers
         rows = ", ".join(
             f'{{ ae_title = "{title}", host = "127.0.0.1", port = {port} }}'
@@ -136,7 +139,7 @@ device = "cpu"
 [series]
 quiet_seconds = {self._quiet_seconds}
 lost_seconds = {self._lost_seconds}
-{self._more_settings}
+{self.more_settings}
 """
         )
         return path
@@ -693,77 +696,6 @@ def network_namespace() -> Iterator[list[str]]:
         if holder.stdout.readline() != b"up\n":
             raise RuntimeError(f"unshare: {holder.stderr.read().decode().strip()}")
         yield ["nsenter", "--target", str(holder.pid), *enter, "--"]
-
-
-@contextlib.contextmanager
-def orthanc(
-    folder: Path, prefix: Sequence[str], *, node_port: int, stable_age_s: int = 1
-) -> Iterator[int]:
-    """Give the DICOM port of an Orthanc that forwards every CT Series to the node.
-
-    It listens on every address: only in a network of its own.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "Name": "E2E",
-        "StorageDirectory": str(folder / "db"),
-        "IndexDirectory": str(folder / "db"),
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "HttpPort": 18042,
-        "DicomServerEnabled": True,
-        "DicomAet": "ORTHANC",
-        "DicomPort": 14242,
-        "DicomCheckCalledAet": True,
-        "DicomAlwaysAllowStore": True,
-        "DicomModalities": {
-            "dicomnode": {
-                "AET": "DICOMNODE",
-                "Host": "127.0.0.1",
-                "Port": node_port,
-                "AllowStore": True,
-            }
-        },
-        "StableAge": stable_age_s,
-        "ConcurrentJobs": 2,
-        "JobsHistorySize": 1000,
-        "SaveJobs": False,
-        "SyncStorageArea": False,
-        "LuaScripts": [str(folder / "forward.lua")],
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    (folder / "forward.lua").write_text(FORWARD)
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [*prefix, "Orthanc", str(folder / "orthanc.json")],
-            env={**os.environ, "TCP_NODELAY": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        eventually(
-            lambda: process.poll() is not None or "Orthanc has started" in _text(folder / "log"),
-            "Orthanc up",
-        )
-        assert process.poll() is None, _text(folder / "log")
-        yield 14242
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-# The body is a literal string: DumpJson() of Orthanc 1.10.1 writes numbers as floats, and a
-# Priority of 0.0 is refused, silently.
-FORWARD = """\
-function OnStableSeries(seriesId, tags, metadata)
-   if tags['Modality'] ~= 'CT' then return end
-   local body = '{"Resources":["' .. seriesId .. '"],"Synchronous":false,"Priority":0}'
-   if RestApiPost('/modalities/dicomnode/store', body) == nil then
-      print('forward: series ' .. seriesId .. ' was refused')
-   end
-end
-"""
 
 
 def _text(path: Path) -> str:

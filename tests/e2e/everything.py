@@ -26,6 +26,7 @@ from pydicom.uid import (
 
 from dicomnode.model import SeriesState
 from dicomnode.store import SeriesRow
+from tests.e2e import pacs
 from tests.e2e.conftest import (
     REAL_CT,
     Node,
@@ -33,7 +34,6 @@ from tests.e2e.conftest import (
     eventually,
     free_port,
     network_namespace,
-    orthanc,
     run,
     running_node,
     storescu,
@@ -84,7 +84,11 @@ def commands(sender: str, port: int, sent: Sequence[Folder]) -> Iterator[list[st
         yield dcmsend(port, *paths)
     elif sender == "orthanc":  # a later -aec counts
         # Orthanc delays its acknowledgements: without Nagle's algorithm nobody waits for them.
-        yield ["env", "TCP_NODELAY=1", *dcmsend(port, *paths, options=["-aec", "ORTHANC"])]
+        yield [
+            "env",
+            "TCP_NODELAY=1",
+            *dcmsend(port, *paths, options=["-aet", pacs.SCANNER, "-aec", pacs.AE_TITLE]),
+        ]
     else:
         by_syntax: dict[str, list[Path]] = defaultdict(list)
         for folder in sent:
@@ -99,7 +103,9 @@ def send(node: Node, sender: str, sent: Sequence[Folder], resources: ExitStack) 
     port = node.port
     if sender == "orthanc":
         folder = node.folder / "orthanc"
-        port = resources.enter_context(orthanc(folder, node.prefix, node_port=node.port))
+        forwards = pacs.orthanc(folder, node.prefix, node_port=node.port)
+        resources.enter_context(forwards)
+        port = pacs.DICOM_PORT
     for command in commands(sender, port, sent):
         run([*node.prefix, *command], DEADLINE_S)
 

@@ -6,10 +6,12 @@ from contextlib import ExitStack
 from datetime import datetime
 
 import pytest
+from pydicom.sr.codedict import codes
 
+from dicomnode import store
 from dicomnode.model import Evidence, Reason, SeriesState
 from dicomnode.store import SeriesRow
-from tests.e2e import everything
+from tests.e2e import everything, pacs
 from tests.e2e.conftest import (
     REAL_CT,
     Node,
@@ -18,13 +20,12 @@ from tests.e2e.conftest import (
     localizer,
     need,
     network_namespace,
-    orthanc,
     run,
     running_node,
-    save,
     scan,
     skip,
 )
+from tests.integration.test_rejection import note
 
 # Orthanc
 
@@ -35,18 +36,17 @@ def test_orthanc_forwards_two_timepoints_and_a_localizer(tmp_path):
     prior = scan(matrix=256, when=datetime(2023, 3, 4))
     follow_up = scan(matrix=256, table_mm=90.0)
     scout = localizer(follow_up)
-    for name, part in (("prior", prior), ("follow-up", follow_up), ("scout", scout)):
-        save(part.slices, tmp_path / "ct" / name)
     with ExitStack() as stack:
         try:
             prefix = stack.enter_context(network_namespace())
         except RuntimeError as exc:
             skip(f"no network namespace: {exc}")
         node = stack.enter_context(running_node(tmp_path / "node", prefix=prefix))
-        port = stack.enter_context(
-            orthanc(tmp_path / "orthanc", prefix, node_port=node.port, stable_age_s=1)
+        orthanc = stack.enter_context(
+            pacs.orthanc(tmp_path / "orthanc", prefix, node_port=node.port)
         )
-        run([*prefix, *dcmsend(port, tmp_path / "ct", options=["-aec", "ORTHANC"])])
+        for part in (prior, follow_up, scout):
+            orthanc.send(part.slices)
         for part in (prior, follow_up):
             row = node.finished(part.series_uid, len(part.slices))
             assert (row.state, row.evidence) == (SeriesState.CURVE, Evidence.RELEASED_AND_QUIET)
@@ -56,6 +56,18 @@ def test_orthanc_forwards_two_timepoints_and_a_localizer(tmp_path):
         node.idle()
         answer = node.json("offset", follow_up.study_uid, prior.study_uid)
         assert abs(answer["offset_mm"] - 90.0) <= 10.0
+        # The archive takes the two lowest slices of the prior back, then the whole follow-up.
+        for taken, left in ((prior.slices[:2], prior), (follow_up.slices, follow_up)):
+            ko = note(codes.DCM.RejectedForQualityReasons, *taken)
+            orthanc.send([ko])
+            node.finished(ko.SeriesInstanceUID, 1)
+            node.idle()
+            uids = {ds.SOPInstanceUID for ds in taken}
+            assert node.curve_uids(left.series_uid) == left.uids - uids
+        row = node.finished(follow_up.series_uid)
+        assert (row.state, row.reason) == (SeriesState.IGNORED, Reason.REJECTED)
+        with store.reading(node.engine) as session:
+            assert store.offsets_of(session) == []
 
 
 # Real CT

@@ -24,7 +24,7 @@ from dicomnode.core.curve import HeightMap
 from dicomnode.core.network import NetworkConfig
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import WeightsError
-from dicomnode.model import OffsetStatus, PatientKey, SeriesState
+from dicomnode.model import OffsetStatus, PatientKey, Reason, SeriesState
 from dicomnode.node import serve
 from dicomnode.node.score import Scorer
 from dicomnode.spool import Spool
@@ -327,6 +327,28 @@ def test_a_slice_that_arrives_meanwhile_is_not_lost(node, bundles, archive):
     found = node.found()["curves"]
     assert {c.model for c in found.values()} == {bundle.digest}
     assert len(found[PRIOR].z_mm) == SLICES + 1
+
+
+@on_sqlite
+def test_a_slice_for_which_another_bundle_gives_no_number_is_set_aside(node, bundles):
+    bundle = weights.load(bundles["b"])
+
+    class Blind(Scorer):
+        def score(self, inputs: Any) -> Any:
+            scores = super().score(inputs)
+            scores[3] = np.nan
+            return scores
+
+    engine = opened(node)
+    plan = rescore.plan(engine, bundle)
+    summary = rescore.run(engine, Blind(bundle, torch.device("cpu"), 8), plan.series)
+    engine.dispose()
+    assert (sorted(summary.rescored), summary.pairs) == ([PRIOR, FOLLOW_UP], 1)
+    found = node.found()
+    for uid, curve in found["curves"].items():
+        assert len(curve.z_mm) == SLICES - 1
+        assert f"{uid}.4" not in curve.sop_instance_uids
+        assert found["rows"][uid].set_aside == {Reason.NO_SCORE: 1}
 
 
 @on_sqlite

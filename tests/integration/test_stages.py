@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -389,6 +390,103 @@ def test_scores_that_are_no_numbers_are_the_device_s_fault(spool, node, bundle, 
     with pytest.raises(DeviceUnavailable):
         build(scorer=scorer).step()
     assert len(spool.pending(100)) == 12
+
+
+class Blind(torch.nn.Module):
+    """A network that gives no number for inputs of some brightness; `times` of them, then it does.
+
+    Brightness is that of the middle, which tells levels of `ct_slice` apart.
+    """
+
+    def __init__(self, net: torch.nn.Module, blind: set[int], times: float = math.inf) -> None:
+        super().__init__()
+        self.net, self.blind, self.times = net, blind, times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.net(x).clone()
+        for k, middle in enumerate(x[:, 0, 64, 64].tolist()):
+            if middle in self.blind and self.times > 0:
+                self.times -= 1
+                scores[k] = math.nan
+        return scores
+
+
+def brightness(bundle: Bundle, *levels: int) -> set[int]:
+    found = set()
+    for level in levels:
+        (decoded,) = dicomio.decode(part10(ct_slice(SERIES, level)), bundle.spec)
+        assert decoded.input is not None
+        found.add(int(decoded.input[64, 64]))
+    return found
+
+
+def blind_scorer(bundle: Bundle, *levels: int, times: float = math.inf) -> Scorer:
+    net = Blind(bundle.network, brightness(bundle, *levels), times)
+    return Scorer(replace(bundle, network=net), torch.device("cpu"), BATCH)
+
+
+@on_sqlite
+@pytest.mark.parametrize("levels", [[5], [0], [11], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_a_slice_for_which_the_network_gives_no_number_is_set_aside(
+    spool, node, bundle, build, levels, caplog
+):
+    """Whole batches of them included: the device is asked about a drawn trunk."""
+    put_scan(spool, SERIES, range(LEVELS))
+    drain(build(scorer=blind_scorer(bundle, *levels)))
+    spool.put_event(A, "released")
+    drain(build())
+    assert assemble(node) == 1
+    row = series_of(node, SERIES)
+    assert (row.state, row.scored) == (SeriesState.CURVE, LEVELS - len(levels))
+    assert row.set_aside == {Reason.NO_SCORE: len(levels)}
+    with store.reading(node) as session:
+        curve = store.curve_of(session, SERIES)
+        assert curve is not None
+        assert store.count_quarantined(session) == {Reason.NO_SCORE: len(levels)}
+    others = [k for k in range(LEVELS) if k not in levels]
+    np.testing.assert_allclose(curve.height_mm, [5.0 * k for k in others], atol=1e-3)
+    # The file is kept for who makes bundles, and none waits any more.
+    assert sorted(kept(spool).values()) == sorted(part10(ct_slice(SERIES, k)) for k in levels)
+    assert spool.pending(1) == []
+    told = [r for r in caplog.records if r.getMessage() == "instance quarantined"]
+    assert {vars(r)["reason"] for r in told} == {"no_score"}
+
+
+@on_sqlite
+def test_a_slice_alone_in_its_series_is_set_aside_too(spool, node, bundle, build):
+    put(spool, ct_slice(SERIES, 5))
+    drain(build(scorer=blind_scorer(bundle, 5)))
+    assert assemble(node, None) == 0  # its association goes on
+    spool.put_event(A, "released")
+    drain(build())
+    assert assemble(node) == 1
+    row = series_of(node, SERIES)
+    assert (row.state, row.reason) == (SeriesState.QUARANTINED, Reason.NO_SCORE)
+
+
+@on_sqlite
+def test_a_number_that_was_missing_once_is_asked_for_again(spool, node, bundle, build):
+    put_scan(spool, SERIES)
+    drain(build(scorer=blind_scorer(bundle, 5, times=1)))
+    spool.put_event(A, "released")
+    drain(build())
+    assert assemble(node) == 1
+    row = series_of(node, SERIES)
+    assert (row.scored, row.set_aside) == (12, {})
+
+
+@on_sqlite
+def test_a_slice_without_a_score_gets_one_by_another_bundle(spool, node, bundle, build):
+    put_scan(spool, SERIES)
+    spool.put_event(A, "released")
+    drain(build(scorer=blind_scorer(bundle, 5)))
+    assert assemble(node) == 1
+    put_scan(spool, SERIES)
+    spool.put_event(A, "released")
+    drain(build())
+    assert assemble(node) == 1
+    row = series_of(node, SERIES)
+    assert (row.scored, row.set_aside, row.revision) == (12, {}, 2)
 
 
 def test_a_scorer_takes_more_inputs_than_a_batch(bundle):

@@ -295,7 +295,7 @@ def test_finishing_a_series_does_not_look_through_all_curves(node):
         of_patient = [
             str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values).all())
             for sql, values in asked
-            if sql.startswith("SELECT") and "patient_id = " in sql
+            if sql.startswith("SELECT") and "series.patient_id = " in sql
         ]
     assert len(of_patient) == 1 and "ix_series_patient" in of_patient[0]
 

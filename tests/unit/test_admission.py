@@ -122,7 +122,7 @@ def test_a_stack_that_makes_no_curve_says_why(positions, extent_mm, reason):
 def test_every_reason_ends_a_series():
     ignored = {
         "not_ct_image", "multi_frame", "empty", "localizer", "reformat", "non_axial", "tilt",
-        "too_few_positions", "too_short",
+        "too_few_positions", "too_short", "duplicate_position", "rejected",
     }  # fmt: skip
     for reason in Reason:
         expected = SeriesState.IGNORED if reason in ignored else SeriesState.QUARANTINED

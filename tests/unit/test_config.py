@@ -31,6 +31,32 @@ def settings_keys() -> list[tuple[str, str]]:
     ]
 
 
+def test_what_two_settings_do_wrong_together_shows_no_password(tmp_path):
+    text = '[database]\nurl = "postgresql://u:secret@h/d"\n[deliver]\nreport = ["X"]\n'
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(tmp_path, text))
+    assert str(caught.value) == "deliver.report: X is none of node.peers"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('issuers = { A = "x\\\\y" }', "hl7.issuers.A"),
+        ('senders = ["10.0.0"]', "hl7.senders.0"),
+        ("tls = true", "hl7.tls"),
+        ("port = 70000", "hl7.port"),
+    ],
+)
+def test_a_wrong_setting_of_the_listener_is_named(tmp_path, text, key):
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        config.load(write(tmp_path, f"[hl7]\n{text}\n"))
+
+
+def test_issuers_come_from_the_environment_too(monkeypatch):
+    monkeypatch.setenv("DICOMNODE_HL7__ISSUERS", '{"ADT1": "HOSPITAL"}')
+    assert config.load(None).hl7.issuers == {"ADT1": "HOSPITAL"}
+
+
 def test_the_sample_is_the_defaults():
     assert config.load(SAMPLE) == config.load(None)
 
@@ -42,7 +68,7 @@ def test_every_setting_is_in_the_sample_with_a_comment_beneath(section, key):
     assert re.search(rf"^(# )?{key} = .*\n# ", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("model", [config.Peer, config.Rule])
+@pytest.mark.parametrize("model", [config.Peer, config.Rule, config.DICOMwebServer])
 def test_every_key_of_what_there_may_be_many_of_is_in_the_sample(model):
     text = SAMPLE.read_text()
     assert all(re.search(rf"^# .*\b{key}\b", text, re.MULTILINE) for key in model.model_fields)
@@ -53,6 +79,7 @@ def test_every_key_of_what_there_may_be_many_of_is_in_the_sample(model):
     [
         config.Peer,
         config.Rule,
+        config.DICOMwebServer,
         *(
             type(field.default)
             for section, field in config.Settings.model_fields.items()
@@ -205,3 +232,36 @@ def test_an_issuer_is_a_long_string_of_dicom(tmp_path, issuer):
     path = write(tmp_path, f"[node]\ndefault_issuer = '{issuer}'")
     with pytest.raises(ConfigError, match=r"node\.default_issuer"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[priors]\npeers = ["PACS"]', "PACS is none of node.peers"),
+        ('[priors]\ncatch_up = ["web"]', "web is none of node.peers, and no name"),
+        ('[priors]\npeers = ["SILENT"]\n' + "SILENT", "SILENT has calling = false"),
+        ('[priors]\nhours = "6-18"', "priors.hours"),
+        ('[priors]\nhours = "25:00-06:00"', "priors.hours"),
+        ('[priors]\nhours = "06:00-06:00"', "priors.hours"),
+        ('[priors]\nissuer = "never"', "priors.issuer"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "ftp://a"', "priors.dicomweb.0.url"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "http://u:p@a"', "no user name and password"),
+        ('[[priors.dicomweb]]\nname = "w"\nurl = "http://a"\nuser = "me"', "go together"),
+    ],
+)
+def test_settings_of_priors_that_cannot_work_are_refused(tmp_path, text, message):
+    silent = '[node]\npeers = [{ ae_title = "SILENT", host = "h", port = 1, calling = false }]\n'
+    if text.endswith("SILENT"):
+        text = silent + text.removesuffix("SILENT")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.load(write(tmp_path, text))
+
+
+def test_the_exchange_runs_where_a_peer_is_asked_for_priors(tmp_path):
+    node = '[node]\npeers = [{ ae_title = "PACS", host = "h", port = 1 }]\n'
+    assert not config.load(write(tmp_path, node)).exchanges
+    for priors in ('peers = ["PACS"]', 'catch_up = ["PACS"]'):
+        settings = config.load(write(tmp_path, f"{node}[priors]\n{priors}"))
+        assert settings.exchanges and settings.priors.asked == ("PACS",)
+    web = '[[priors.dicomweb]]\nname = "w"\nurl = "http://a"'
+    assert config.load(write(tmp_path, web)).priors.names == ("w",)

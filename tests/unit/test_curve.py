@@ -104,11 +104,11 @@ def test_slices_that_were_refused_are_flagged():
     assert assemble(slices(), refused=2).quality.flags == (Flag.SLICES_REFUSED,)
 
 
-def test_a_tilted_stack_is_placed_along_its_normal():
+def test_a_tilted_stack_is_placed_where_it_cuts_the_long_axis():
     angle = np.radians(10)
     c = assemble(slices(orientation=(1.0, 0.0, 0.0, 0.0, np.cos(angle), np.sin(angle))))
-    # z = (-180 * -sin 10) + 5 i cos 10
-    np.testing.assert_allclose(c.z_mm, 180 * np.sin(angle) + np.arange(N) * 5 * np.cos(angle))
+    # The corner lies 180 mm in front of the axis.
+    np.testing.assert_allclose(c.z_mm, 180 * np.tan(angle) + np.arange(N) * 5)
 
 
 def test_frames_of_one_instance_are_told_apart():

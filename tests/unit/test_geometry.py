@@ -87,10 +87,12 @@ def test_a_position_is_the_projection_on_the_normal():
     np.testing.assert_allclose(got, [8 - 2.4, 8 - 5.4])
 
 
-def test_a_tilted_stack_is_measured_along_its_normal():
-    # The table moves 5 mm along z between slices: 5 cos 20 along the normal.
-    z = stack(np.arange(0, 50, 5), tilted(20)).z_mm
-    np.testing.assert_allclose(np.diff(z), 5 * np.cos(np.radians(20)))
+def test_a_tilted_stack_is_measured_along_the_long_axis():
+    # The table moves 5 mm along z between slices, wherever the corner of the image lies. The
+    # plane through (x, -200, z) that leans by 20 degrees cuts the axis 200 tan 20 higher.
+    z_mm = np.arange(0, 50, 5.0)
+    got = geometry.stack(positions(z_mm, -250, -200), np.tile(tilted(20), (10, 1)))
+    np.testing.assert_allclose(got.z_mm, z_mm + 200 * np.tan(np.radians(20)))
 
 
 def test_a_reconstruction_that_wanders_in_plane_keeps_its_positions():

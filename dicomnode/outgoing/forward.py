@@ -1,0 +1,102 @@
+"""The Instances that a rule sends on: a Series as it was received, or the slices of a region."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from dicomnode import dicomio, store
+from dicomnode.config import Rule, Settings
+from dicomnode.core import geometry, region
+from dicomnode.errors import DicomError
+from dicomnode.held import Held
+from dicomnode.outgoing import Nothing, Outgoing
+from dicomnode.outgoing.matched import met
+from dicomnode.rules import region_of
+from dicomnode.store import Delivery, Match
+
+
+def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Outgoing]:
+    """Return what is held of the Series that a delivery is about, as far as its rule wants it.
+
+    In the order of their names; bytes and transfer syntax are those that were received. Nothing
+    is read before it is its turn but what says which object it is.
+
+    Raises
+    ------
+    Nothing
+        If the rule is gone or altered, the Series does not meet it any more, it shows nothing of
+        the rule's region, or nothing of it is held any more.
+    NotYet
+        If it is arriving again: once it is finished, it is asked for anew where it is to go still.
+    DicomError
+        If the disk damaged what was held.
+    """
+    with store.reading(engine) as session:
+        rule, found = met(session, settings, delivery)
+        wanted = None if rule.region is None else _slices(session, rule, found)
+    files = held_of(settings, found.study_uid, found.series_uid)
+    if not files:
+        raise Nothing("its pixels are not held any more")
+    chosen = [uid for uid in files if wanted is None or uid in wanted]
+    if not chosen:
+        raise Nothing(f"no slice that is held shows {rule.region}")
+    return [_outgoing(files[uid]) for uid in chosen]
+
+
+def held_of(settings: Settings, study_uid: str, series_uid: str) -> dict[str, Path]:
+    """Return SOP Instance UID -> file of what is held of a Series."""
+    # Where the setting changed, what was held before lies at the other place.
+    places = [settings.held_path]
+    if settings.keep.dicom_path is not None:
+        places.append(settings.keep.dicom_path)
+    files: dict[str, Path] = {}
+    for place in places:
+        files |= Held(place).instances(study_uid, series_uid)
+    return dict(sorted(files.items()))
+
+
+def _slices(session: Session, rule: Rule, found: Match) -> set[str]:
+    """Return the SOP Instance UIDs of slices that show a rule's region, or lie near it."""
+    curve = store.curve_of(session, found.series_uid)
+    if curve is None:
+        raise Nothing("the Series has no curve any more")
+    wanted = region_of(rule, store.regions_of(session, curve.model))
+    if wanted is None:
+        raise Nothing(f"the bundle that made the curve does not know {rule.region}")
+    ends = region.bounds(curve.z_mm, curve.height_mm, wanted, rule.margin_mm)
+    if ends is None:
+        return set()
+    first, last = ends
+    uids = set(curve.sop_instance_uids[first : last + 1])
+    # Where several slices lie at one position, of phases perhaps, the curve has but one of them.
+    beside = store.slices_beside(session, found.id)
+    if beside:
+        normal = geometry.slice_normal(beside[0].image_orientation)
+        z_mm = geometry.slice_positions(np.array([s.image_position for s in beside]), normal)
+        low, high = curve.z_mm[[first, last]] + np.array([-1, 1]) * geometry.SAME_POSITION_MM
+        uids |= {s.sop_instance_uid for s, z in zip(beside, z_mm, strict=True) if low <= z <= high}
+    return uids
+
+
+def _outgoing(file: Path) -> Outgoing:
+    try:
+        told = dicomio.identity(file)
+    except FileNotFoundError:
+        raise DicomError("its pixels are not held any more") from None
+    return Outgoing(
+        told.sop_class_uid,
+        told.sop_instance_uid,
+        told.transfer_syntax_uid,
+        partial(_read, file),
+    )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return dicomio.with_group_length(file.read_bytes())
+    except FileNotFoundError:  # dropped by hand, or rule_days were over
+        raise DicomError("its pixels are not held any more") from None
