@@ -46,6 +46,9 @@ from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
+# What a header says of the patient as such (PS3.3 C.7.1.1); DICOM keywords.
+PATIENT = {"PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"}
+
 # A slice with a score -> the texts of its header, DICOM keyword -> text.
 Describe = Callable[[SliceResult], Mapping[str, str]]
 
@@ -391,11 +394,17 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey) -> 
             schema.Series.issuer == before.issuer,
         )
         .order_by(schema.Series.id)
+        .options(undefer(schema.Series.header))
         .with_for_update()
         .execution_options(populate_existing=True)
     ).all()
     for other in others:
         other.patient_id, other.issuer = series.patient_id, series.issuer
+        if other.header is not None:
+            # Else its objects would bear the name of one patient beside the ID of another.
+            kept = {k: v for k, v in other.header.items() if k not in PATIENT}
+            told = {k: v for k, v in (series.header or {}).items() if k in PATIENT}
+            other.header = {**kept, **told}
         other.study_datetime = series.study_datetime
         _drop_offsets(session, other.id)
     session.flush()

@@ -219,6 +219,27 @@ def test_a_slice_that_nobody_describes_leaves_no_header_of_another_patient(engin
         assert session.scalars(select(schema.Series.header)).one() is None
 
 
+def test_a_series_that_moves_along_with_its_study_takes_the_name_of_that_patient(engine):
+    def describe(result: store.SliceResult) -> dict[str, str]:
+        name = {"P1": "CANARY^FIRST", "P2": "CANARY^SECOND"}[result.header.patient.patient_id]
+        return {"PatientName": name, "StudyID": "S1"}
+
+    def record(series_uid: str, patient_id: str) -> None:
+        results = scan(series_uid, patient=PatientKey(patient_id), study_uid="1.2.9")
+        with store.writing(engine) as session:
+            store.record_slices(session, MODEL, results, describe)
+
+    with store.writing(engine) as session:
+        store.record_model(session, MODEL, manifest(), datetime.now(UTC))
+    for series_uid, patient_id in (("1.2.9.1", "P1"), ("1.2.9.2", "P1"), ("1.2.9.1", "P2")):
+        record(series_uid, patient_id)
+    with store.reading(engine) as session:
+        query = select(schema.Series.patient_id, schema.Series.header)
+        assert [tuple(row) for row in session.execute(query)] == [
+            ("P2", {"PatientName": "CANARY^SECOND", "StudyID": "S1"})
+        ] * 2
+
+
 def test_a_series_that_reopens_or_is_scored_anew_keeps_all_of_it(node, tmp_path):
     node.take(*slices())
     node.finish()
