@@ -34,7 +34,8 @@ class Load:
         self._seed = seed
         if before is not None:
             self.begun = before.begun
-            for entry in Spool(path).pending(10_000):  # what it left, and what came back
+            # What it left, and what came back; looking may set a segment free.
+            for entry in self.spool.pending(10_000):
                 data = before.put.get(entry.name, (0, None))[1]
                 if entry.name in before.put:
                     self.put[entry.name] = self.disk.now, data
