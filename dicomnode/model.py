@@ -194,7 +194,6 @@ class ScoredSlice:
     image_orientation: tuple[float, ...]  # (6,)
     score: float
     frame: int = 1  # counted from 1, as in PS3.3
-    issuer_is_default: bool = False  # the data set named none
     frame_of_reference_uid: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
 

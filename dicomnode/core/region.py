@@ -293,6 +293,7 @@ def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[
         A bundle's table. A region with one known limit counts from there.
     """
     filled = covered(z_mm, height_mm)
+    share_of = {region.name: share for region, share in coverage(z_mm, height_mm, regions)}
     sound, height, _ = _smoothed(z_mm, height_mm)
     found = []
     for r in regions:
@@ -307,9 +308,8 @@ def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[
         if not len(at):  # between two slices, or beyond the last: the nearest one
             at = np.array([np.argmin(np.maximum(low - height, height - high))])
         where = np.flatnonzero(sound)[at]
-        share = None if math.isinf(high - low) else min(common / (high - low), 1.0)
-        extent = _extent(filled, r)
-        found.append(Showing(r, share, extent, int(where[0]), int(where[-1])))
+        ends = int(where[0]), int(where[-1])
+        found.append(Showing(r, share_of.get(r.name), _extent(filled, r), *ends))
     return found
 
 

@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         for p in pending:
             status = OffsetStatus.OK if p.method is Method.L1 else OffsetStatus.REFUSED
             offset = Offset(p.method, status, offset_mm=-12.5 if status == "ok" else None)
-            store.store_offset(session, p, offset, T0, 0.1)
+            store.store_offsets(session, [(p, offset, 0.1)], T0)
     engine.dispose()
     return folder
 
@@ -129,7 +129,7 @@ def test_count_histogram_and_sql(folder):
     assert "█" in call(folder, "slices > 0", "--histogram").stdout
     sql = json.loads(call(folder, "manufacturer = 'x;y' and slices > 77", "--sql", "--json").stdout)
     assert "x;y" not in sql["sql"] and "77" not in sql["sql"]
-    assert ["x;y"] in sql["parameters"].values() and 77 in sql["parameters"].values()
+    assert "x;y" in sql["parameters"].values() and 77 in sql["parameters"].values()
     assert "SELECT coverage.series_id" in call(folder, "slices > 77", "--sql").stdout
 
 
