@@ -40,6 +40,10 @@ class Act(Enum):
     LINES_LOST = ("audit lines lost", "110113", None, "E")
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")
+    EXPORT = ("export", "110106", None, "R")
+    # User Authentication, Login; Security Alert, Use of Restricted Function
+    SIGN_IN_REFUSED = ("sign-in refused", "110114", "110122", "E")
+    REQUEST_REFUSED = ("request refused", "110113", "110132", "E")
 
     def __init__(self, event: str, code: str, type_code: str | None, action: str) -> None:
         self.event, self.code, self.type_code, self.action = event, code, type_code, action

@@ -18,6 +18,8 @@ _LIBRARIES = {
     "pynetdicom": logging.WARNING,
     "pydicom": logging.ERROR,
     "alembic": logging.WARNING,  # a dozen lines about itself at each start
+    # Whatever it says of a request, a stranger can make it say; what matters is told by `web`.
+    "uvicorn": logging.CRITICAL,
 }
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 

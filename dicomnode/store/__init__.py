@@ -19,6 +19,12 @@ from dicomnode.store.answers import (
     open_slices,
     regions_of,
 )
+from dicomnode.store.browse import (
+    issuers_of,
+    pairs_of_patient,
+    series_by_id,
+    series_of_patient,
+)
 from dicomnode.store.coverage import count_uncovered, cover_curves
 from dicomnode.store.intake import (
     claim_series,
@@ -111,6 +117,7 @@ __all__ = [
     "has_lost_associations",
     "heights_of",
     "is_waiting",
+    "issuers_of",
     "kept_inputs",
     "list_deliveries",
     "list_quarantined",
@@ -127,6 +134,7 @@ __all__ = [
     "opened",
     "origin_of",
     "pairs_of_fixed",
+    "pairs_of_patient",
     "pending_offsets",
     "prune_previews",
     "quiet_at",
@@ -136,6 +144,8 @@ __all__ = [
     "record_slices",
     "records",
     "regions_of",
+    "series_by_id",
+    "series_of_patient",
     "settle_delivery",
     "sqlite_file",
     "stale_series",

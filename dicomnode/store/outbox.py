@@ -143,9 +143,10 @@ def list_deliveries(
     state: DeliveryState | None = None,
     destination: str | None = None,
     subject: str | None = None,
+    before: int | None = None,
     limit: int | None = None,
 ) -> list[Delivery]:
-    """Return deliveries, those asked for last first."""
+    """Return deliveries, the newest first; `before` is the id of one to go on from."""
     query = select(schema.Delivery).order_by(schema.Delivery.id.desc()).limit(limit)
     for column, value in (
         (schema.Delivery.state, state),
@@ -154,6 +155,8 @@ def list_deliveries(
     ):
         if value is not None:
             query = query.where(column == value)
+    if before is not None:
+        query = query.where(schema.Delivery.id < before)
     return [_delivery(row) for row in session.scalars(query)]
 
 
