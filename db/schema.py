@@ -99,6 +99,9 @@ class Series(Base):
     first_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
     last_arrival_at: Mapped[datetime] = mapped_column(UTCDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    # DICOM keyword -> text of one of its Instances, for objects that refer to the Series: of the
+    # patient, so it leaves the database in these alone. Null: it came before schema 0005.
+    header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
 
 
 class Slice(Base):
@@ -111,6 +114,7 @@ class Slice(Base):
     )
     sop_instance_uid: Mapped[str] = mapped_column(UID, primary_key=True)
     frame: Mapped[int] = mapped_column(primary_key=True)
+    sop_class_uid: Mapped[str | None] = mapped_column(UID)
     model: Mapped[str | None] = mapped_column(String(64))
     score: Mapped[float | None] = mapped_column(Float(53))
     reason: Mapped[str | None] = mapped_column(String(40))
@@ -150,9 +154,13 @@ class Curve(Base):
     score: Mapped[bytes] = mapped_column(LargeBinary)  # (N,) <f4
     image_position: Mapped[bytes] = mapped_column(LargeBinary)  # (N, 3) <f8
     image_orientation: Mapped[list[float]] = mapped_column(JSON)  # (6,)
-    # zlib of JSON: [[SOP Instance UID, frame, index into frames_of_reference], ...], N long
+    # zlib of JSON: [[SOP Instance UID, frame, index into frames_of_reference, index into
+    # sop_classes], ...], N long
     instances: Mapped[bytes] = mapped_column(LargeBinary)
     frames_of_reference: Mapped[list[str]] = mapped_column(JSON)
+    # Null, and no fourth index in `instances`: the curve came before schema 0005. In it, null is
+    # that of slices of such a curve.
+    sop_classes: Mapped[list[str | None] | None] = mapped_column(JSON(none_as_null=True))
     height_min_mm: Mapped[float] = mapped_column(Float(53))
     height_max_mm: Mapped[float] = mapped_column(Float(53))
     pearson_r: Mapped[float] = mapped_column(Float(53))

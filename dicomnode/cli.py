@@ -566,12 +566,8 @@ def curve(
         _audit(config, Act.QUERY, command="curve", series_uid=series_uid)
         found = query.series_curve(engine, series_uid)
         if report and found and found.curve:
-            from dicomnode.objects.modules import Origin
-
             known = query.source_of(engine, found.curve)
-            made_at = known.computed_at.astimezone()
-            origin = Origin(found.curve.model, known.model_name, made_at, str(known.revision))
-            _write_report(report, found.curve, found.regions, known.source, origin)
+            _write_report(report, known.curve, known.regions, known.source, known.origin)
     if found is None:
         _nothing("the node never saw this Series")
     row = found.series
@@ -621,17 +617,78 @@ def offset(
         if answer is None:
             _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
         if registration and answer.stored.offset.status is not OffsetStatus.REFUSED:
-            from dicomnode.objects.modules import Origin
-
             fixed, moving = (query.source_of(engine, c) for c in (answer.fixed, answer.moving))
-            origin = Origin(
-                model=answer.stored.model,
-                model_name=fixed.model_name,
-                made_at=answer.stored.computed_at.astimezone(),
-                revision=f"{fixed.revision}.{moving.revision}",
-            )
+            origin = fixed.origin_with(moving, answer.stored.computed_at)
             _write_registration(registration, answer, fixed.source, moving.source, origin)
     _answer_offset(answer, as_json, transform, png_path)
+
+
+@main.command()
+@click.argument("series_uid")
+@click.argument("region")
+@_config_option
+@_json_option
+def view(series_uid: str, region: str, config: Path | None, as_json: bool) -> None:
+    """Tell which slice of a Series to open first for a region, by name or SNOMED CT code.
+
+    Exit status 1 where the region is not shown; then the nearest slice is told.
+
+    \b
+    Example:  dicomnode view 1.2.840.113619.2.55 liver
+              dicomnode view 1.2.840.113619.2.55 10200004 --json
+    """
+    from dicomnode import present, query
+
+    with _database(config) as engine:
+        _audit(config, Act.QUERY, command="view", series_uid=series_uid)
+        found = query.view(engine, series_uid, region)
+    if found is None:
+        _nothing("no curve of this Series; see `dicomnode series`")
+    if as_json:
+        _print_json(present.view_json(found))
+    else:
+        click.echo(present.view_line(found), err=found.place is None)
+    sys.exit(0 if found.place else 1)
+
+
+@main.command()
+@click.argument("fixed_study")
+@click.argument("moving_study")
+@click.option("--method", type=METHODS, help="The best one where none is named.")
+@_config_option
+@_json_option
+def slices(
+    fixed_study: str,
+    moving_study: str,
+    method: str | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell which slice of one Study shows what a slice of another does, by their offset.
+
+    Each slice of the fixed Series with the nearest of the moving one, feet to head; "-" where
+    there is none within half a slice.
+
+    \b
+    Example:  dicomnode slices FIXED_STUDY_UID MOVING_STUDY_UID
+              dicomnode slices FIXED_STUDY_UID MOVING_STUDY_UID --method l1 --json
+    """
+    from dicomnode import present, query
+
+    with _database(config) as engine:
+        _audit(config, Act.QUERY, command="slices", study_uid=[fixed_study, moving_study])
+        named = Method(method) if method else None
+        found = query.slice_map(engine, fixed_study, moving_study, named)
+    if found is None:
+        _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
+    if as_json:
+        _print_json(present.map_json(found))
+    elif found.slices:
+        _console().print(present.map_table(found))
+    if not found.slices:
+        _nothing(f"refused: {found.stored.offset.reason}")
+    if all(m.moving is None for m in found.slices):
+        _nothing("no slice of one lies beside one of the other")
 
 
 @main.command()

@@ -13,6 +13,7 @@ NodeError
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
 + WeightsError          bundle missing, digest or spec mismatch
 + ObjectError           no sound object can say this                -> there is nothing to deliver
++ RegionError           the bundle of a curve knows no such region  -> show it to who asked
 + ExpressionError       a question for Series that cannot be read   -> show it to who asked
 
 Messages name the thing and the value, never a patient attribute.
@@ -86,6 +87,10 @@ class WeightsError(NodeError):
 
 class ObjectError(NodeError):
     """No sound DICOM object can say this; the message tells what is in its way."""
+
+
+class RegionError(NodeError):
+    """The bundle that made a curve knows no region of that name or code."""
 
 
 class ExpressionError(NodeError):

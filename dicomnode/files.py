@@ -153,6 +153,7 @@ def sources(paths: Sequence[Path], curves: Sequence[ScoreCurve]) -> dict[str, So
             headers[c.sop_instance_uids[0]],
             source.instances_of(c, classes),
             (frames_of_reference[uid] for uid in c.sop_instance_uids),
+            c.z_mm.tolist(),
         )
         for c in curves
         if classes.keys() >= set(c.sop_instance_uids)

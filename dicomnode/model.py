@@ -214,6 +214,7 @@ class ScoredSlice:
     frame: int = 1  # counted from 1, as in PS3.3
     frame_of_reference_uid: str = ""
     body_centre_mm: tuple[float, float] | None = None  # x, y in LPS; None: unknown
+    sop_class_uid: str = ""  # empty: unknown
 
 
 @dataclass(frozen=True, slots=True)

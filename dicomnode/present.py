@@ -12,6 +12,7 @@ from dicomnode.core import region
 from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
 from dicomnode.model import Quality, ScoreCurve, SeriesState
+from dicomnode.query import PairMap, Place, View
 from dicomnode.spool.survey import Part
 from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
 
@@ -126,6 +127,96 @@ def offset_json(stored: StoredOffset) -> JSON:
         "computed_at": stored.computed_at.isoformat(),
         "seconds": stored.seconds,
     }
+
+
+def place_json(place: Place | None) -> JSON | None:
+    """Return one slice as `slices_json` has it, and which it is; null where there is none."""
+    if place is None:
+        return None
+    return {
+        "sop_instance_uid": place.sop_instance_uid,
+        "frame": place.frame,
+        "index": place.index,
+        "z_mm": round(place.z_mm, 4),
+        "height_mm": round(place.height_mm, 2),
+    }
+
+
+def view_json(view: View) -> JSON:
+    """Return the slice to open first, `slice`; of a region that is not shown, `nearest`."""
+    return {
+        "series_uid": view.series_uid,
+        "model": view.model,
+        "region": view.region.name,
+        "code": view.region.code,
+        "extent": view.extent,
+        "fraction": None if view.share is None else round(view.share, 4),
+        "slice": place_json(view.place),
+        "nearest": place_json(view.nearest),
+        "distance_mm": None if view.distance_mm is None else round(view.distance_mm, 2),
+    }
+
+
+def view_line(view: View) -> str:
+    """Return the same for people."""
+    name = view.region.name
+    if view.nearest is not None and view.distance_mm is not None:
+        side = "head" if view.distance_mm >= 0 else "feet"
+        return (
+            f"{name} is not shown: the nearest slice, {_placed(view.nearest)}, "
+            f"is {abs(view.distance_mm):.0f} mm of body height from it; it lies towards the {side}"
+        )
+    if view.place is None:
+        return f"{name}: the bundle does not know where it begins and ends"
+    share = "" if view.share is None else f", {100 * view.share:.0f} % of it shown"
+    return f"{name}, {view.extent}{share}: {_placed(view.place)}"
+
+
+def _placed(place: Place) -> str:
+    frame = f", frame {place.frame}" if place.frame != 1 else ""
+    return f"{place.sop_instance_uid}{frame} at z {place.z_mm:.1f} mm"
+
+
+def map_json(found: PairMap) -> JSON:
+    """Return the slices of a pair: each fixed one, and the moving one that shows the same."""
+    line = found.line
+    return {
+        "offset": offset_json(found.stored),
+        "line": None if line is None else {"intercept": line.intercept, "slope": line.slope},
+        "slices": [
+            {
+                "fixed": place_json(m.fixed),
+                "moving": place_json(m.moving),
+                "distance_mm": None if m.distance_mm is None else round(m.distance_mm, 4),
+            }
+            for m in found.slices
+        ],
+    }
+
+
+def map_table(found: PairMap) -> Table:
+    """Return the same as a table for a terminal, feet first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("fixed", overflow="fold")
+    table.add_column("z, mm", justify="right")
+    table.add_column("moving", overflow="fold")
+    for title in ("z, mm", "off by, mm"):
+        table.add_column(title, justify="right")
+    for m in found.slices:
+        moving, away = m.moving, m.distance_mm
+        table.add_row(
+            _named(m.fixed),
+            f"{m.fixed.z_mm:.1f}",
+            "-" if moving is None else _named(moving),
+            "" if moving is None else f"{moving.z_mm:.1f}",
+            "" if away is None else f"{away:+.1f}",
+        )
+    return table
+
+
+def _named(place: Place) -> str:
+    uid, frame = place.sop_instance_uid, place.frame
+    return uid if frame == 1 else f"{uid}#{frame}"
 
 
 def series_table(rows: Sequence[SeriesRow]) -> Table:

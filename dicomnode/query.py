@@ -1,22 +1,19 @@
 """Questions shared by CLI, REST and page: read only, answered from the database."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime
 
 import numpy as np
-from pydicom.dataset import Dataset
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine
 
-from db import schema
 from dicomnode import store
-from dicomnode.core import admission, align, geometry
-from dicomnode.core.region import Region
+from dicomnode.core import align, geometry, opening, region, slicemap
+from dicomnode.core.region import Extent, Region
 from dicomnode.core.robust import Covariance
-from dicomnode.errors import ObjectError
-from dicomnode.model import Floats, Method, ScoreCurve
-from dicomnode.objects import source
-from dicomnode.objects.source import Source
-from dicomnode.store import SeriesRow, StoredOffset
+from dicomnode.core.slicemap import Line
+from dicomnode.errors import ObjectError, RegionError
+from dicomnode.model import Floats, Method, OffsetStatus, ScoreCurve
+from dicomnode.store import KnownSource, SeriesRow, StoredOffset
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,42 +119,135 @@ def _compute(
 
 
 @dataclass(frozen=True, slots=True)
-class KnownSource:
-    """A Series as an object refers to it, as far as the database knows it."""
+class Place:
+    """One slice of a curve."""
 
-    source: Source
-    revision: int  # of its curve
-    computed_at: datetime  # the curve
-    model_name: str  # of the bundle that made it
+    sop_instance_uid: str
+    frame: int  # counted from 1, as in PS3.3
+    index: int  # in the curve, feet to head, counted from 0
+    z_mm: float  # along the slice normal
+    height_mm: float  # body height
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where to begin to look at a region in a Series."""
+
+    series_uid: str
+    model: str  # digest of the bundle whose regions these are
+    region: Region
+    extent: Extent | None  # None: nothing of it is shown
+    share: float | None  # of the region that is covered, None where one of its ends is not known
+    # To open first: the middle of what is shown of the region; None where it is not shown.
+    place: Place | None
+    nearest: Place | None  # then, the slice nearest to it; None where no limit of it is known
+    # From there to the region, body height: positive where it lies towards the head.
+    distance_mm: float | None
+
+
+def view(engine: Engine, series_uid: str, region_key: str) -> View | None:
+    """Return which slice of a Series to open first for a region; None where it has no curve.
+
+    Parameters
+    ----------
+    region_key
+        The region's name, in any case, or its SNOMED CT code.
+
+    Raises
+    ------
+    RegionError
+        If the bundle that made the curve does not know it; the message names those it knows.
+    """
+    with store.reading(engine) as session:
+        curve = store.curve_of(session, series_uid)
+        if curve is None:
+            return None
+        regions = store.regions_of(session, curve.model)
+    wanted = region.lookup(regions, region_key)
+    if wanted is None:
+        names = ", ".join(r.name for r in regions) or "none: it was not calibrated"
+        raise RegionError(f"no region {region_key[:64]!a}; bundle {curve.model[:16]} has {names}")
+    found = opening.opening(curve.z_mm, curve.height_mm, wanted)
+    if found is None:
+        return View(series_uid, curve.model, wanted, None, None, None, None, None)
+    place = _place(curve, found.index)
+    if found.shown is None:
+        shares = region.coverage(curve.z_mm, curve.height_mm, [wanted])
+        share = shares[0][1] if shares else None
+        return View(series_uid, curve.model, wanted, None, share, None, place, found.distance_mm)
+    shown = found.shown
+    return View(series_uid, curve.model, wanted, shown.extent, shown.share, place, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A fixed slice, and the moving one that shows the same, where there is one."""
+
+    fixed: Place
+    moving: Place | None
+    distance_mm: float | None  # towards the head, from the fixed slice to the moving one
+
+
+@dataclass(frozen=True, slots=True)
+class PairMap:
+    """The slices of a fixed Series with those of a moving one, under the offset between them."""
+
+    stored: StoredOffset
+    slices: tuple[Matched, ...]  # every fixed slice, feet to head; empty of a refused offset
+    line: Line | None  # the same as a straight line, None where the slices are too uneven
+
+
+def slice_map(
+    engine: Engine, fixed_study: str, moving_study: str, method: Method | None = None
+) -> PairMap | None:
+    """Return which slice of one Study shows what a slice of the other does; None without a pair.
+
+    Of the two Series, and by the offset, that `pair` gives.
+    """
+    found = pair(engine, fixed_study, moving_study, method)
+    if found is None:
+        return None
+    offset_mm = found.stored.offset.offset_mm
+    if found.stored.offset.status is OffsetStatus.REFUSED or offset_mm is None:
+        return PairMap(found.stored, (), None)
+    sides = found.fixed.z_mm, found.moving.z_mm
+    nearest = slicemap.slice_map(*sides, offset_mm)
+    matched = tuple(
+        Matched(_place(found.fixed, i), None, None)
+        if at == slicemap.NONE
+        else Matched(_place(found.fixed, i), _place(found.moving, at), distance)
+        for i, (at, distance) in enumerate(
+            zip(nearest.index.tolist(), nearest.distance_mm.tolist(), strict=True)
+        )
+    )
+    return PairMap(found.stored, matched, slicemap.line(*sides, offset_mm))
+
+
+def _place(curve: ScoreCurve, index: int) -> Place:
+    return Place(
+        curve.sop_instance_uids[index],
+        curve.frames[index],
+        index,
+        float(curve.z_mm[index]),
+        float(curve.height_mm[index]),
+    )
 
 
 def source_of(engine: Engine, curve: ScoreCurve) -> KnownSource:
-    """Return the Series of a stored curve; what the database does not keep is empty.
+    """Return the Series of a stored curve as an object refers to it.
 
     Raises
     ------
     ObjectError
-        If it is not known which SOP Class its Instances have.
+        If it is not known which SOP Class its Instances have, or the curve was revised meanwhile.
     """
-    if set(curve.frames) != {1}:
-        raise ObjectError(f"the SOP Class of Series {curve.series_uid} was not kept")
     with store.reading(engine) as session:
-        (row,) = store.list_series(session, series_uid=curve.series_uid)
-        frames_of_reference, computed_at = session.execute(
-            select(schema.Curve.frames_of_reference, schema.Curve.computed_at)
-            .join(schema.Series)
-            .where(schema.Series.series_uid == curve.series_uid)
-        ).one()
-        name = str(store.manifest_of(session, curve.model)["name"])
-    classes = dict.fromkeys(curve.sop_instance_uids, admission.CT_IMAGE)
-    header = Dataset()
-    header.StudyInstanceUID, header.SeriesInstanceUID = row.study_uid, row.series_uid
-    header.PatientID = row.patient.patient_id
-    header.BodyPartExamined = row.body_part_examined
-    if row.study_datetime is not None:
-        header.StudyDate = row.study_datetime.strftime("%Y%m%d")
-        if row.study_datetime.time() != time.min:  # midnight: the header told no time
-            header.StudyTime = row.study_datetime.strftime("%H%M%S")
-    instances = source.instances_of(curve, classes)
-    known = source.of_header(header, instances, frames_of_reference)
-    return KnownSource(known, row.revision, computed_at, name)
+        found = store.source_of(session, curve.series_uid)
+    slices = curve.sop_instance_uids, curve.frames, curve.model
+    if found is None or slices != (
+        found.curve.sop_instance_uids,
+        found.curve.frames,
+        found.curve.model,
+    ):
+        raise ObjectError(f"Series {curve.series_uid} was revised meanwhile: ask again")
+    return found

@@ -16,6 +16,8 @@ SAME_POSITION_MM = 0.05
 # A gap is a step of more than 1.5 median spacings: at least one slice may be missing there.
 GAP_RATIO = 1.5
 UNEVEN_RATIO = 0.1
+# Steps beside a step, itself included, that tell what spacing is usual there.
+NEIGHBOURS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,28 @@ def spacing_flags(z_mm: Floats) -> tuple[Flag, ...]:
     if (np.abs(steps - median) > UNEVEN_RATIO * median).any():
         flags.append(Flag.UNEVEN_SPACING)
     return tuple(flags)
+
+
+def usual_steps(z_mm: Floats) -> Floats:
+    """Return the median step around each step, (N - 1,) mm: what is usual may change on the way.
+
+    Parameters
+    ----------
+    z_mm : (N,) float64
+        Positions, strictly increasing, N >= 2.
+    """
+    around = np.pad(np.diff(z_mm), NEIGHBOURS // 2, mode="constant", constant_values=np.nan)
+    usual: Floats = np.nanmedian(np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS), 1)
+    return usual
+
+
+def slice_spacing(steps_mm: Floats) -> Floats:
+    """Return what each slice stands for, (N,) mm, of the usual steps (N - 1,) between them.
+
+    The lesser of the two beside it; a slice at an end has but one.
+    """
+    spacing: Floats = np.minimum(np.append(steps_mm, np.inf), np.append(np.inf, steps_mm))
+    return spacing
 
 
 def to_patient_axes(image: npt.NDArray[Any], image_orientation: Floats) -> npt.NDArray[Any]:

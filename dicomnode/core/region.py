@@ -26,8 +26,6 @@ WHOLE = 0.9995
 # deviations, is read wrongly (metal, a limb beside the trunk): it says nothing of coverage.
 OUTLIER_MM = 50.0
 OUTLIER_DEVIATIONS = 5.0
-# Steps beside a step, itself included, that tell what spacing is usual there.
-NEIGHBOURS = 7
 # Heights are compared in whole micrometres: a share is then the same to the last bit wherever it
 # is worked out, here or in a database.
 UM_PER_MM = 1000
@@ -191,12 +189,11 @@ def covered(z_mm: Floats, height_mm: Floats) -> Floats:
     (K, 2) float64
         Lower and upper ends, mm, in ascending order, disjoint.
     """
-    sound, height, slope = _smoothed(z_mm, height_mm)
-    usual = _usual_steps(np.diff(z_mm))
+    sound, height, slope = smoothed(z_mm, height_mm)
+    usual = geometry.usual_steps(z_mm)
     run = np.concatenate([[0], np.cumsum(np.diff(z_mm) > geometry.GAP_RATIO * usual)])
     # Half of what a slice stands for; a slice at an end has one neighbour, others the lesser.
-    half_mm = 0.5 * np.minimum(np.append(usual, np.inf), np.append(np.inf, usual))
-    half_mm *= np.clip(abs(slope), *curve.SLOPE_RANGE)
+    half_mm = 0.5 * geometry.slice_spacing(usual) * np.clip(abs(slope), *curve.SLOPE_RANGE)
     run, half_mm = run[sound], half_mm[sound]
     ends = []
     for r in np.unique(run):
@@ -294,7 +291,7 @@ def showing(z_mm: Floats, height_mm: Floats, regions: Sequence[Region]) -> list[
     """
     filled = covered(z_mm, height_mm)
     share_of = {region.name: share for region, share in coverage(z_mm, height_mm, regions)}
-    sound, height, _ = _smoothed(z_mm, height_mm)
+    sound, height, _ = smoothed(z_mm, height_mm)
     found = []
     for r in regions:
         if r.low_mm is None and r.high_mm is None:
@@ -341,8 +338,19 @@ def shown(shares: Sequence[tuple[Region, float]]) -> list[str]:
     return [name for name, part in names if not part] or [name for name, _ in names]
 
 
-def _smoothed(z_mm: Floats, height_mm: Floats) -> tuple[npt.NDArray[np.bool_], Floats, float]:
-    """Return which slices are read rightly (N,), the heights of these (M,), and their slope."""
+def smoothed(z_mm: Floats, height_mm: Floats) -> tuple[npt.NDArray[np.bool_], Floats, float]:
+    """Return which slices are read rightly, the heights of these, and their slope.
+
+    Parameters
+    ----------
+    z_mm, height_mm : (N,) float64
+        A curve: positions, strictly increasing, and body heights.
+
+    Returns
+    -------
+    (N,) bool, (M,) float64, float
+        The heights rise with the position throughout, or fall throughout, as the slope does.
+    """
     from scipy.optimize import isotonic_regression  # 0.2 s, which most commands need not wait
 
     z, height = np.asarray(z_mm, float), np.asarray(height_mm, float)
@@ -362,12 +370,3 @@ def _limit(values: Mapping[str, Any], end: str) -> Limit:
         return Limit(Support(values[f"{end}_support"]), *numbers)
     except ValueError as exc:
         raise ValueError(f"{end}: {exc}") from exc
-
-
-def _usual_steps(steps_mm: Floats) -> Floats:
-    """Return the median step around each of (M,) steps: what is usual may change on the way."""
-    side = NEIGHBOURS // 2
-    around = np.pad(steps_mm, side, mode="constant", constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(around, NEIGHBOURS)
-    usual: Floats = np.nanmedian(windows, axis=1)
-    return usual

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from dicomnode.core.preprocess import Input
 from dicomnode.device import Runner
 from dicomnode.errors import CorruptObject, DeviceUnavailable, DicomError, TransientError
 from dicomnode.model import Reason, Scores, SeriesState, SpooledEvent, SpooledInstance
+from dicomnode.objects import source
 from dicomnode.spool import Entry, Spool
 from dicomnode.weights import Bundle
 
@@ -235,6 +238,7 @@ class ScoreStage:
         now = datetime.now(UTC)  # no arrival lies later, whatever the clock was then
         results: list[store.SliceResult] = []
         aside: list[tuple[SpooledInstance, Reason, str]] = []
+        sound: dict[str, SpooledInstance] = {}  # by SOP Instance UID
         for entry, frames in zip(entries, read, strict=True):
             if isinstance(frames, DicomError):
                 aside.append((entry, frames.reason, str(frames)))
@@ -242,6 +246,8 @@ class ScoreStage:
             unsound = [f.decoded for f in frames if _is_unsound(f.decoded.reason)]
             if unsound and unsound[0].reason is not None:
                 aside.append((entry, unsound[0].reason, unsound[0].detail))
+            if any(frame.decoded.input is not None for frame in frames):
+                sound[frames[0].decoded.header.sop_instance_uid] = entry
             results += [
                 store.SliceResult(
                     frame.decoded.header,
@@ -256,7 +262,8 @@ class ScoreStage:
                 if frame.decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series
             ]
         with store.writing(self.engine) as session:
-            store.record_slices(session, self.scorer.bundle.digest, results)
+            describe = partial(self._describe, sound)
+            store.record_slices(session, self.scorer.bundle.digest, results, describe)
             for entry, reason, detail in aside:
                 store.record_quarantined(session, entry.name, reason, detail, entry.arrived_at)
         for entry, reason, _ in aside:
@@ -288,6 +295,16 @@ class ScoreStage:
             # What no rule foresaw must not stop the queue behind it.
             logger.exception("instance not understood", extra={"file": entry.name})
             return CorruptObject(f"not understood: {type(exc).__name__}")
+
+    def _describe(
+        self, sound: Mapping[str, SpooledInstance], result: store.SliceResult
+    ) -> dict[str, str]:
+        """Return the texts of the header of a slice: what decoding it does not read."""
+        data = self.spool.read(sound[result.header.sop_instance_uid])
+        try:
+            return source.texts_of(dicomio.read(BytesIO(data), pixels=False))
+        except DicomError:  # what was understood of it is in its slices
+            return {}
 
     def _end(self, event: SpooledEvent) -> None:
         with store.writing(self.engine) as session:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -34,8 +34,12 @@ COPIED = {
 }
 SEXES = ("M", "F", "O")  # PS3.3 C.7.1.1
 LATERALITIES = ("R", "L")  # PS3.3 C.7.3.1
+# What is kept of the header of a Series; the last two tell a person which Series it is.
+KEPT = (*COPIED.values(), "SeriesNumber", "SeriesDescription")
+MAX_TEXT = 1024  # characters; longer is no value of these attributes, but a damaged header
 # Control characters, the delimiter of values, halves of characters, and what was not decoded.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff\ufffd]")
+_HALF = re.compile(r"[\ud800-\udfff]")
 _OFFSET = re.compile(r"[+-](\d\d)([0-5]\d)")
 
 
@@ -60,6 +64,7 @@ class Source:
     series_uid: str
     instances: tuple[Instance, ...]  # of the curve, feet to head
     frames_of_reference: tuple[str, ...] = ()  # distinct; "" among them where one names none
+    z_mm: tuple[float, ...] = ()  # of the slices of the curve, feet to head; empty: unknown
     patient_name: str = ""
     patient_id: str = ""
     issuer_of_patient_id: str = ""
@@ -101,20 +106,54 @@ class Source:
         return time.astimezone(timezone(sign * offset))
 
 
-def of_header(
-    header: Dataset, instances: Sequence[Instance], frames_of_reference: Iterable[str]
+def texts_of(header: Dataset) -> dict[str, str]:
+    """Return the texts of a data set that are kept of its Series, by DICOM keyword.
+
+    They are as sent, decoded; what cannot be decoded, or stored, is left out.
+    """
+    found = {keyword: _text(header, keyword) for keyword in KEPT}
+    return {keyword: text for keyword, text in found.items() if text}
+
+
+def of_texts(
+    texts: Mapping[str, str],
+    *,
+    study_uid: str,
+    series_uid: str,
+    instances: Sequence[Instance],
+    frames_of_reference: Iterable[str],
+    z_mm: Iterable[float] = (),
 ) -> Source:
-    """Return the Series of a data set, one of its Instances.
+    """Return the Series of which these are the texts, as `texts_of` gives them.
 
     A value that its VR forbids, or that could not be decoded, is taken as unknown: an object
     that a peer refuses, or files under a mutilated name, is worth less than an empty value.
     """
+    found = {field: texts.get(keyword, "") for field, keyword in COPIED.items()}
     return Source(
-        study_uid=str(header.StudyInstanceUID).strip("\0 "),
-        series_uid=str(header.SeriesInstanceUID).strip("\0 "),
+        study_uid=study_uid,
+        series_uid=series_uid,
         instances=tuple(instances),
         frames_of_reference=tuple(dict.fromkeys(frames_of_reference)),
-        **{field: _text(header, keyword) for field, keyword in COPIED.items()},
+        z_mm=tuple(z_mm),
+        **{f: text for f, text in found.items() if text and sound(COPIED[f], text)},
+    )
+
+
+def of_header(
+    header: Dataset,
+    instances: Sequence[Instance],
+    frames_of_reference: Iterable[str],
+    z_mm: Iterable[float] = (),
+) -> Source:
+    """Return the Series of a data set, one of its Instances, as `of_texts` has it."""
+    return of_texts(
+        texts_of(header),
+        study_uid=str(header.StudyInstanceUID).strip("\0 "),
+        series_uid=str(header.SeriesInstanceUID).strip("\0 "),
+        instances=instances,
+        frames_of_reference=frames_of_reference,
+        z_mm=z_mm,
     )
 
 
@@ -155,8 +194,10 @@ def _text(header: Dataset, keyword: str) -> str:
         warnings.simplefilter("ignore")  # pydicom's value warnings quote the value
         try:
             value = header.get(keyword)
-            text = "" if isinstance(value, MultiValue) else str(value or "")
+            values = value if isinstance(value, MultiValue) else [value]
+            text = "\\".join("" if v is None else str(v) for v in values)
         except Exception:  # a broken element surfaces only when it is converted
             return ""
-        text = text.replace("\0", "").strip(" ")
-        return text if text and sound(keyword, text) else ""
+    text = text.replace("\0", "").strip(" ")
+    # Half of a character: no database takes it.
+    return "" if len(text) > MAX_TEXT or _HALF.search(text) else text

@@ -67,6 +67,7 @@ from dicomnode.store.search import (
     windows,
 )
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
+from dicomnode.store.sources import KnownSource, source_of
 from dicomnode.store.values import (
     Claimed,
     FoundPair,
@@ -86,6 +87,7 @@ __all__ = [
     "FoundPair",
     "Histogram",
     "KeptInputs",
+    "KnownSource",
     "Match",
     "OpenSeries",
     "Page",
@@ -147,6 +149,7 @@ __all__ = [
     "series_by_id",
     "series_of_patient",
     "settle_delivery",
+    "source_of",
     "sqlite_file",
     "stale_series",
     "statement_of",

@@ -1,20 +1,29 @@
 """From what arrives to a finished Series: slices, ends of associations, completion."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from db import schema
+from dicomnode.core import admission
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve, SeriesState, SliceHeader
 from dicomnode.store.coverage import store_coverage
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
-from dicomnode.store.rows import SLICES, array, body_centres, curve_row, instances, scored_slices
+from dicomnode.store.rows import (
+    SLICES,
+    array,
+    body_centres,
+    curve_row,
+    instances,
+    scored_slices,
+    sop_classes,
+)
 from dicomnode.store.session import insert, insert_new, upsert
 from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 
@@ -24,6 +33,9 @@ from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
 
+# A slice with a score -> the texts of its header, DICOM keyword -> text.
+Describe = Callable[[SliceResult], Mapping[str, str]]
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -32,6 +44,7 @@ class _Known:
     model: str | None = None
     score: float | None = None
     image_position: tuple[float, ...] = ()
+    sop_class_uid: str | None = None
 
 
 def record_model(session: Session, digest: str, manifest: dict[str, Any], now: datetime) -> None:
@@ -40,16 +53,25 @@ def record_model(session: Session, digest: str, manifest: dict[str, Any], now: d
     session.execute(insert(session, schema.Model).values(values).on_conflict_do_nothing())
 
 
-def record_slices(session: Session, model: str, results: Sequence[SliceResult]) -> None:
+def record_slices(
+    session: Session, model: str, results: Sequence[SliceResult], describe: Describe | None = None
+) -> None:
     """Store a batch of slices of any Series; a repeat stores the same rows again.
 
     A slice that its finished Series does not know yet reopens it.
+
+    Parameters
+    ----------
+    describe
+        Asked, within this transaction, for the texts of a header where a Series has none yet,
+        where it moves to another patient or Study, and where it is sent again: seldom, for it
+        takes a good part of what a slice takes in all.
     """
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
-        _record_series(session, model, by_series[series_uid])
+        _record_series(session, model, by_series[series_uid], describe)
 
 
 def end_association(session: Session, association_id: str, kind: str) -> None:
@@ -220,7 +242,9 @@ def finish_series(
     return ask_offsets(session, series, outcome.model)
 
 
-def _record_series(session: Session, model: str, results: list[SliceResult]) -> None:
+def _record_series(
+    session: Session, model: str, results: list[SliceResult], describe: Describe | None
+) -> None:
     # Who the patient is, a sound slice says rather than a damaged one.
     sound = [r for r in results if r.score is not None]
     newest = (sound or results)[-1]
@@ -231,6 +255,8 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
         # A sender that does not name the issuer does not take it away.
         or (patient.issuer not in ("", series.issuer) and not header.issuer_is_default)
     )
+    if sound and (moved or series.header is None or series.state != SeriesState.OPEN):
+        _describe(series, newest, moved, describe)
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
         results = [r for r in results if not _is_known(r, model, known)]
@@ -273,10 +299,20 @@ def _record_series(session: Session, model: str, results: list[SliceResult]) -> 
     )
 
 
+def _describe(
+    series: schema.Series, newest: SliceResult, moved: bool, describe: Describe | None
+) -> None:
+    if describe is not None:
+        series.header = dict(describe(newest))
+    elif moved:  # rather none than that of another patient
+        series.header = None
+
+
 def _series_for_update(session: Session, header: SliceHeader, now: datetime) -> schema.Series:
     query = (
         select(schema.Series)
         .where(schema.Series.series_uid == header.series_uid)
+        .options(undefer(schema.Series.header))
         .with_for_update()
         .execution_options(populate_existing=True)
     )
@@ -310,14 +346,18 @@ def _known_slices(session: Session, series: schema.Series) -> dict[tuple[str, in
     known = dict.fromkeys(map(frame_of_key, series.set_aside), _Known())
     for slice_ in session.scalars(select(schema.Slice).where(schema.Slice.series_id == series.id)):
         known[slice_.sop_instance_uid, slice_.frame] = _Known(
-            slice_.model, slice_.score, tuple(slice_.image_position or ())
+            slice_.model,
+            slice_.score,
+            tuple(slice_.image_position or ()),
+            slice_.sop_class_uid,
         )
     row = session.get(schema.Curve, series.id)
     if row is not None:
         positions = array(row.image_position, "<f8").reshape(-1, 3)
         scores = array(row.score, "<f4")
-        for (uid, frame, _), score, position in zip(instances(row), scores, positions, strict=True):
-            known[uid, frame] = _Known(row.model, float(score), tuple(position.tolist()))
+        members = zip(instances(row), sop_classes(row), scores, positions, strict=True)
+        for (uid, frame, _), kind, score, position in members:
+            known[uid, frame] = _Known(row.model, float(score), tuple(position.tolist()), kind)
     return known
 
 
@@ -328,6 +368,8 @@ def _is_known(result: SliceResult, model: str, known: dict[tuple[str, int], _Kno
         return False
     if result.score is None:  # a reason adds nothing to a score, nor to another reason
         return True
+    if stored.sop_class_uid is None and result.header.sop_class_uid in admission.ENHANCED_CT:
+        return False  # that of a CT Image need not be told: `store.source_of` takes it for one
     return (
         stored.score is not None
         and stored.model == model
@@ -344,12 +386,14 @@ def reopen(session: Session, series: schema.Series) -> None:
         positions = array(row.image_position, "<f8").reshape(-1, 3)
         centres = body_centres(row)
         scores = array(row.score, "<f4")
+        classes = sop_classes(row)
         for i, (uid, frame, f) in enumerate(instances(row)):
             session.add(
                 schema.Slice(
                     series_id=series.id,
                     sop_instance_uid=uid,
                     frame=frame,
+                    sop_class_uid=classes[i],
                     model=row.model,
                     score=float(scores[i]),
                     image_position=positions[i].tolist(),
@@ -380,6 +424,7 @@ def _slice_values(series_id: int, model: str, r: SliceResult) -> dict[str, Any]:
         "series_id": series_id,
         "sop_instance_uid": h.sop_instance_uid,
         "frame": h.frame,
+        "sop_class_uid": h.sop_class_uid[:64],
         "model": model if r.score is not None else None,
         "score": r.score,
         "reason": r.reason,

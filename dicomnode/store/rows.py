@@ -36,7 +36,17 @@ def curve_row(
     """Return the row of a finished curve; slices run parallel to it."""
     frames = list(dict.fromkeys(s.frame_of_reference_uid for s in slices))
     place = {f: i for i, f in enumerate(frames)}
-    members = [[s.sop_instance_uid, s.frame, place[s.frame_of_reference_uid]] for s in slices]
+    classes = list(dict.fromkeys(s.sop_class_uid or None for s in slices))
+    kind = {c: i for i, c in enumerate(classes)}
+    members = [
+        [
+            s.sop_instance_uid,
+            s.frame,
+            place[s.frame_of_reference_uid],
+            kind[s.sop_class_uid or None],
+        ]
+        for s in slices
+    ]
     return schema.Curve(
         series_id=series.id,
         model=curve.model,
@@ -48,6 +58,7 @@ def curve_row(
         image_orientation=list(slices[0].image_orientation),
         instances=zlib.compress(json.dumps(members, separators=(",", ":")).encode()),
         frames_of_reference=frames,
+        sop_classes=classes,
         height_min_mm=float(curve.height_mm.min()),
         height_max_mm=float(curve.height_mm.max()),
         pearson_r=curve.quality.pearson_r,
@@ -154,6 +165,7 @@ SLICES = select(
     cast(schema.Slice.image_orientation, Text),
     schema.Slice.frame_of_reference_uid,
     cast(schema.Slice.body_centre, Text),
+    schema.Slice.sop_class_uid,
 )
 
 
@@ -169,6 +181,7 @@ def scored_slices(rows: Sequence[Any]) -> tuple[ScoredSlice, ...]:
             score=row[3],
             frame_of_reference_uid=row[7],
             body_centre_mm=(centre[0], centre[1]) if centre else None,
+            sop_class_uid=row[9] or "",
         )
         for row, position, orientation, centre in zip(
             rows, positions, orientations, centres, strict=True
@@ -195,7 +208,15 @@ def body_centres(row: schema.Curve) -> Floats | None:
 
 def instances(row: schema.Curve) -> list[tuple[str, int, int]]:
     """Return (SOP Instance UID, frame, index into frames_of_reference) of each slice."""
-    return [(uid, frame, f) for uid, frame, f in json.loads(zlib.decompress(row.instances))]
+    return [(uid, frame, f) for uid, frame, f, *_ in json.loads(zlib.decompress(row.instances))]
+
+
+def sop_classes(row: schema.Curve) -> list[str | None]:
+    """Return the SOP Class UID of each slice, None where it was not kept."""
+    members = json.loads(zlib.decompress(row.instances))
+    if row.sop_classes is None:
+        return [None] * len(members)
+    return [row.sop_classes[member[3]] for member in members]
 
 
 def _coverage(
