@@ -5,9 +5,11 @@ estimated is null, never 0.
 """
 
 from datetime import datetime
+from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dicomnode.core.region import Extent
 from dicomnode.model import (
     DeliveryKind,
     DeliveryState,
@@ -19,9 +21,21 @@ from dicomnode.model import (
     SeriesState,
 )
 
+# No control characters beyond white space: neither database takes a NUL.
+EXPRESSION = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"
+MAX_ID = (1 << 31) - 1
+
 UID = "1.2.840.113619.2.55.3.1"
 FIXED, MOVING = f"{UID}.10", f"{UID}.20"
 MODEL = "3f9a" * 16
+
+
+class Format(StrEnum):
+    """How what an expression finds is given: JSON in pages, the others all of it."""
+
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
 
 
 class _Answer(BaseModel):
@@ -130,6 +144,57 @@ class Offset(_Answer):
     seconds: float = Field(examples=[0.008])
 
 
+class Place(_Answer):
+    """One slice of a curve, and which."""
+
+    sop_instance_uid: str = Field(examples=[f"{UID}.1.7"])
+    frame: int = Field(examples=[1], description="Counted from 1.")
+    index: int = Field(examples=[6], description="In the curve, feet to head, from 0.")
+    z_mm: float = Field(examples=[-412.5])
+    height_mm: float = Field(examples=[180.4], description="Body height.")
+
+
+class View(_Answer):
+    """Where to begin to look at a region in a Series."""
+
+    series_uid: str = Field(examples=[f"{UID}.1"])
+    model: str = Field(examples=[MODEL])
+    region: str = Field(examples=["liver"])
+    code: str = Field(examples=["10200004"], description="SNOMED CT.")
+    extent: Extent | None = Field(description="How much of it is shown; null: nothing.")
+    fraction: float | None = Field(examples=[0.97])
+    slice: Place | None = Field(description="To open first; null: the region is not shown.")
+    nearest: Place | None = Field(description="Then, the slice nearest to it.")
+    distance_mm: float | None = Field(
+        description="From there to it, body height; positive towards the head."
+    )
+
+
+class Line(_Answer):
+    """z index of moving = intercept + slope * index of fixed."""
+
+    intercept: float
+    slope: float
+
+
+class Matched(_Answer):
+    """A fixed slice, and the moving one that shows the same, where there is one."""
+
+    fixed: Place
+    moving: Place | None
+    distance_mm: float | None = Field(
+        description="Towards the head, from the fixed slice to the moving one."
+    )
+
+
+class SliceMap(_Answer):
+    """The slices of a pair, feet to head: for linked scrolling."""
+
+    offset: Offset
+    line: Line | None = Field(description="The same as a straight line, where there is one.")
+    slices: list[Matched] = Field(description="Every fixed slice; none of a refused offset.")
+
+
 class TimelineStudy(_Answer):
     """A Study of a patient, with what each of its Series covers."""
 
@@ -164,8 +229,10 @@ class Match(_Answer):
     model: str | None
     slices: int | None
     spacing_mm: float | None
+    quality: float | None = Field(examples=[0.998], description="pearson_r of the curve.")
+    slope: float | None
     height_mm: tuple[float, float] | None
-    quality: Quality | None
+    flags: list[Flag]
     coverage: list[Share]
 
 
@@ -182,6 +249,21 @@ class Count(_Answer):
     """How many Series an expression finds."""
 
     series: int = Field(examples=[2715])
+
+
+class Step(_Answer):
+    """A step of body height, and how many Series reach over it."""
+
+    from_mm: float = Field(examples=[100.0])
+    to_mm: float = Field(examples=[120.0])
+    series: int = Field(examples=[1801])
+
+
+class Histogram(_Answer):
+    """How many of the Series that an expression finds reach over each step of body height."""
+
+    series: int = Field(examples=[2715])
+    steps: list[Step]
 
 
 class PatientAsked(BaseModel):
@@ -229,6 +311,19 @@ class DeliveryPage(_Answer):
 
     deliveries: list[Delivery]
     next: int | None = Field(description="Where the next page begins, for `before`.")
+
+
+class ExpressionAsked(BaseModel):
+    """An expression in a body: for one that names a patient, or is long."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"q": "covers(liver, 0.9)"}]}
+    )
+
+    q: str = Field(max_length=4000, pattern=EXPRESSION)
+    format: Format = Format.JSON
+    limit: int = Field(default=100, ge=1, le=1000)
+    before: int | None = Field(default=None, ge=1, le=MAX_ID)
 
 
 class RegionKnown(_Answer):

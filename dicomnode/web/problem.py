@@ -13,7 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from dicomnode.errors import ConfigError, ExpressionError, ObjectError, StoreUnavailable
+from dicomnode.errors import (
+    ConfigError,
+    ExpressionError,
+    ObjectError,
+    RegionError,
+    StoreUnavailable,
+)
 from dicomnode.log import Seldom
 
 logger = logging.getLogger(__name__)
@@ -78,6 +84,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(ExpressionError, _expression)
+    app.add_exception_handler(RegionError, _region)
     app.add_exception_handler(ObjectError, _object)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(ConfigError, _unavailable)
@@ -109,6 +116,10 @@ async def _expression(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, ExpressionError)
     excerpt = str(exc).removeprefix(exc.message + "\n")
     return response(422, exc.message, position=exc.position, excerpt=excerpt)
+
+
+async def _region(request: Request, exc: Exception) -> JSONResponse:
+    return response(422, str(exc))
 
 
 async def _object(request: Request, exc: Exception) -> JSONResponse:
