@@ -29,6 +29,8 @@ LAYERS = (
     ),
     ("node",),
     ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
+    ("web",),
+    ("client",),
     ("cli", "demo", "", "__main__"),
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "manifest", "weights")
@@ -166,6 +168,8 @@ def test_every_module_has_a_home_of_its_own(module):
         ("dicomnode", {"torch", "sqlalchemy", "pydicom", "SimpleITK", "matplotlib"}),
         ("dicomnode.cli", {"torch"}),
         ("dicomnode.node.receive", {"torch", "sqlalchemy"}),
+        ("dicomnode.web.run", {"torch", "matplotlib", "SimpleITK", "pyarrow"}),
+        ("dicomnode.client", {"torch", "fastapi", "sqlalchemy", "pydicom"}),
     ],
 )
 def test_a_process_starts_without_what_it_does_not_need(module, unwanted):

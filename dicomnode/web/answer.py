@@ -40,7 +40,9 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def tagged(request: Request, model: BaseModel, without: Mapping[str, Any] | None = None) -> Response:
+def tagged(
+    request: Request, model: BaseModel, without: Mapping[str, Any] | None = None
+) -> Response:
     """Return a model as JSON with an ETag, or 304 where the caller has it already.
 
     The tag is a weak one (RFC 9110 section 8.8.1), of what the answer means: `without` names

@@ -20,9 +20,7 @@ def deliveries(
     state: DeliveryState | None = None,
     destination: Annotated[
         str | None,
-        Query(
-            max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description="AE title, or URL."
-        ),
+        Query(max_length=255, pattern=r"^[^\x00-\x1f\x7f]*$", description="AE title, or URL."),
     ] = None,
     subject: Annotated[
         str | None,
