@@ -71,8 +71,8 @@ def limit_time(engine: Engine, seconds: float) -> None:
     else:
 
         def watch(dbapi_connection: sqlite3.Connection, record: Any) -> None:
-            def is_late() -> int:
-                return time.monotonic() > record.info.get("until", math.inf)
+            def is_late() -> bool:
+                return time.monotonic() > float(record.info.get("until", math.inf))
 
             dbapi_connection.set_progress_handler(is_late, PROGRESS_STEPS)
 

@@ -1,7 +1,7 @@
 """What expressions find: pages, counts, histograms, and all of it as a file that is streamed."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
@@ -39,7 +39,7 @@ Question = Annotated[
 ]
 OF_PATIENTS = {"patient_id", "issuer"}
 TYPES = {Format.CSV: "text/csv", Format.PARQUET: "application/vnd.apache.parquet"}
-FILES = {
+FILES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A page as JSON, or a file of all there is.",
         "content": {media_type: {} for media_type in TYPES.values()},

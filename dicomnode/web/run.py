@@ -25,8 +25,13 @@ CONNECTIONS = 256  # all addresses together
 STOP_S = 5  # for answers that are on their way
 
 
-def run(settings: Settings, stop: threading.Event) -> None:
+def run(settings: Settings, stop: threading.Event, listening: socket.socket | None = None) -> None:
     """Serve the page until `stop` is set.
+
+    Parameters
+    ----------
+    listening
+        A socket that listens, in place of one at the address of the settings.
 
     Raises
     ------
@@ -36,7 +41,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     web = settings.web
     _, app, refusals = application.create(settings)
     context = _tls(web)
-    listening = _listen(web, stop)
+    listening = listening or _listen(web, stop)
     if listening is None:
         return
     config = uvicorn.Config(
