@@ -13,6 +13,8 @@ from typing import Any
 import httpx2 as httpx
 from sqlalchemy import Engine
 
+from db import engine as engines
+from db import migrate
 from dicomnode import manifest, store
 from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, PatientKey, Reason, SliceHeader
@@ -32,6 +34,14 @@ PATIENT = PatientKey(CANARIES["PatientID"], "HOSPITAL")
 OTHER_PATIENT = PatientKey("CANARY-2", "HOSPITAL")
 T0 = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
 START_S = 20.0
+
+
+def make(url: str) -> None:
+    """Make a database, and fill it."""
+    engine = engines.create(url)
+    migrate.upgrade(engine)
+    fill(engine)
+    engine.dispose()
 
 
 def fill(engine: Engine) -> None:

@@ -58,6 +58,7 @@ def list_series(
         tables = store.mining_tables(session) if covers else {}
         for text in covers or ():
             nodes.append(mining.parse(_question(text), part.regions, tables).node)
+        nodes = nodes or [Text("state", tuple(SeriesState))]  # every one
         asked = Expression("", And(tuple(nodes)), every_series=True)
         page = store.find_page(session, asked, before=before, limit=limit)
         rows = store.series_by_id(session, [m.id for m in page.matches])
