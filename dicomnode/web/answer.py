@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from dicomnode.web.models import MAX_ID, ProblemFound
 from dicomnode.web.problem import MEDIA_TYPE
 
+API = "/api/v1"
+
 # PS3.5 section 9.1: components of digits, 64 characters in all.
 UID = r"^[0-9]+(\.[0-9]+)*$"
 KEY = r"^[A-Za-z0-9_-]+$"

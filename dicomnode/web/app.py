@@ -15,12 +15,12 @@ from dicomnode.core import region
 from dicomnode.objects.modules import VERSION
 from dicomnode.web import coverage, deliveries, docs, health, problem, series, studies
 from dicomnode.web.access import Doorkeeper
+from dicomnode.web.answer import API
 from dicomnode.web.bounds import Bounds, Refusals
 from dicomnode.web.database import Database
 from dicomnode.web.part import Part
 from dicomnode.web.patients import PatientKeys
 
-API = "/api/v1"
 # At a time; fewer than the connections of the database's pool, 15.
 THREADS = 12
 GZIP_BYTES = 1024  # what is shorter goes as it is
@@ -76,7 +76,7 @@ def create(settings: Settings) -> tuple[FastAPI, ASGIApp, Refusals]:
     app.include_router(health.router)
     app.include_router(docs.router)
     for routes in (series, studies, coverage, deliveries):
-        app.include_router(routes.router, prefix=API)
+        app.include_router(routes.router)
     app.add_middleware(GZipMiddleware, minimum_size=GZIP_BYTES, compresslevel=4)
     refusals = Refusals(audit)
     return app, Bounds(app, settings.web.names, refusals), refusals

@@ -22,6 +22,7 @@ from dicomnode.web.problem import Problem
 logger = logging.getLogger(__name__)
 
 MAX_TARGET = 8192  # bytes of path and query
+MAX_HEADERS = 16 << 10
 MAX_BODY = 64 << 10
 BODY_S = 10.0  # for the whole body to arrive
 SEND_S = 60.0  # for each piece of an answer to be taken
@@ -122,6 +123,8 @@ class Bounds:
         """Return why a request is refused before it is looked at, None where it is not."""
         if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET:
             return Problem(414, f"path and query have more than {MAX_TARGET} bytes")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            return Problem(431, f"the headers have more than {MAX_HEADERS} bytes")
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         # Else a page of another site, whose name is made to lead here, could read all. Health

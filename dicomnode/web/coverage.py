@@ -12,7 +12,7 @@ from dicomnode.mining import Expression
 from dicomnode.mining.tree import Text, atoms
 from dicomnode.store import Match
 from dicomnode.web.access import Caller, Reader
-from dicomnode.web.answer import Before, Limit, plain, problems
+from dicomnode.web.answer import API, Before, Limit, plain, problems
 from dicomnode.web.models import (
     EXPRESSION,
     Count,
@@ -26,7 +26,7 @@ from dicomnode.web.models import Match as MatchFound
 from dicomnode.web.part import Part
 from dicomnode.web.problem import Problem
 
-router = APIRouter(tags=["coverage"])
+router = APIRouter(prefix=API, tags=["coverage"])
 
 Question = Annotated[
     str,

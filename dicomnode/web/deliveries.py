@@ -8,10 +8,10 @@ from fastapi import APIRouter, Query, Response
 from dicomnode import store
 from dicomnode.model import DeliveryState
 from dicomnode.web.access import Admin
-from dicomnode.web.answer import UID, Before, Limit, plain, problems
+from dicomnode.web.answer import API, UID, Before, Limit, plain, problems
 from dicomnode.web.models import Delivery, DeliveryPage
 
-router = APIRouter(tags=["deliveries"])
+router = APIRouter(prefix=API, tags=["deliveries"])
 
 
 @router.get("/deliveries", response_model=DeliveryPage, responses=problems())

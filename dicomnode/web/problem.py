@@ -41,6 +41,7 @@ TITLES = {
     421: "another host was asked for",
     422: "a parameter is wrong",
     429: "too many failed attempts",
+    431: "the headers are too long",
     500: "an error of this program",
     503: "not available now",
 }
@@ -50,19 +51,18 @@ STOPPED = ("interrupted", "statement timeout")
 _seldom = Seldom(TOLD_S)
 
 
-class Problem(Exception):
-    """An answer that is no success; handlers raise it."""
+class Problem(HTTPException):
+    """An answer that is no success; handlers raise it, and what reads the body for them."""
 
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
     ) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.members = status, detail, members
-        self.headers = dict(headers or {})
+        super().__init__(status, detail, dict(headers or {}))
+        self.members = members
 
     def response(self) -> JSONResponse:
         """Return it as a response."""
-        return response(self.status, self.detail, self.headers, **self.members)
+        return response(self.status_code, self.detail, self.headers, **self.members)
 
 
 def response(

@@ -10,12 +10,12 @@ from dicomnode.mining.tree import And, Expression, Node, Text
 from dicomnode.model import SeriesState
 from dicomnode.store import SeriesRow
 from dicomnode.web.access import Reader
-from dicomnode.web.answer import UID, Before, Limit, SeriesUID, plain, problems, tagged
+from dicomnode.web.answer import API, UID, Before, Limit, SeriesUID, plain, problems, tagged
 from dicomnode.web.models import Curve, Series, SeriesPage, View
 from dicomnode.web.part import Part
 from dicomnode.web.problem import Problem
 
-router = APIRouter(tags=["series"])
+router = APIRouter(prefix=API, tags=["series"])
 
 COVERS = re.compile(r"([A-Za-z0-9][A-Za-z0-9_ -]{0,63})(?:,([0-9.]{1,8}))?")
 

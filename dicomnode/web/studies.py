@@ -11,7 +11,7 @@ from dicomnode import present, query, store
 from dicomnode.model import Method, OffsetStatus, PatientKey
 from dicomnode.query import PairAnswer
 from dicomnode.web.access import Caller, Reader
-from dicomnode.web.answer import KEY, FixedUID, MovingUID, file, problems, tagged
+from dicomnode.web.answer import API, KEY, FixedUID, MovingUID, file, problems, tagged
 from dicomnode.web.models import (
     Offset,
     PatientAsked,
@@ -23,7 +23,7 @@ from dicomnode.web.models import (
 from dicomnode.web.problem import Problem
 from dicomnode.web.series import series_of
 
-router = APIRouter(tags=["studies"])
+router = APIRouter(prefix=API, tags=["studies"])
 
 PAIR = "/studies/{fixed}/offsets/{moving}"
 MAX_SERIES, MAX_PAIRS = 1000, 20_000  # of a patient
