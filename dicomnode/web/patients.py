@@ -8,8 +8,10 @@ common lengths do not differ in theirs.
 
 import base64
 import binascii
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -73,19 +75,16 @@ def _secret(path: Path) -> bytes:
     """Return the secret in a file; of several processes that make it at once, one does."""
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # for us alone
         try:
-            os.write(fd, secrets.token_hex(SECRET_BYTES).encode() + b"\n")
-            os.fsync(fd)
+            with open(fd, "wb") as file:
+                file.write(secrets.token_hex(SECRET_BYTES).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(part, path)  # fails where another process was first, unlike a rename
         finally:
-            os.close(fd)
-        try:
-            os.link(part, path)  # fails where another process was first, unlike a rename
-        except FileExistsError:
-            pass
-        finally:
-            part.unlink()
+            os.unlink(part)
     try:
         secret = bytes.fromhex(path.read_text(encoding="ascii"))
     except ValueError:
