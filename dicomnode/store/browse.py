@@ -42,11 +42,13 @@ def series_of_patient(session: Session, patient: PatientKey, limit: int) -> list
     return with_bundles(session, session.execute(query).all())
 
 
-def pairs_of_patient(session: Session, patient: PatientKey, limit: int) -> list[StoredOffset]:
-    """Return the most trustworthy offset of each pair of a patient's Studies, the newest first.
+def pairs_of_patient(
+    session: Session, patient: PatientKey, limit: int
+) -> tuple[list[StoredOffset], bool]:
+    """Return the best offset of each pair of a patient's Studies, and whether that is all.
 
-    `limit` is of pairs of Series that are looked at, of which two Studies may have many. Their
-    `robust` offsets alone are: they come before the others, refused or not.
+    `limit` is of pairs of Series that are looked at, the newest, of which two Studies may have
+    many. Their `robust` offsets alone are: they come before the others, refused or not.
     """
     fixed, moving = aliased(schema.Series), aliased(schema.Series)
     query = (
@@ -62,12 +64,13 @@ def pairs_of_patient(session: Session, patient: PatientKey, limit: int) -> list[
             schema.Offset.method == Method.ROBUST,
         )
         .order_by(schema.Offset.id.desc())
-        .limit(limit)
+        .limit(limit + 1)
     )
+    rows = session.execute(query).all()
     best: dict[tuple[str, str], StoredOffset] = {}
-    for row in session.execute(query):
+    for row in rows[:limit]:
         offset = stored_offset(*row)
         pair = (offset.fixed_study, offset.moving_study)
         if pair not in best or trust(offset) < trust(best[pair]):
             best[pair] = offset
-    return list(best.values())
+    return list(best.values()), len(rows) <= limit

@@ -67,13 +67,15 @@ class Doorkeeper:
             If that is nobody who may.
         """
         address = address_of(request)
+        named = request.headers.getlist(self._header) if self._header else []
+        # First: a proxy that has signed somebody in may pass on a token of its own as well.
+        if named and self._is_proxy(address):
+            return self._of_header(named, address)
         if token is not None:
             holder = self._tokens.holder(token) if self._tokens is not None else None
             if holder is None:
                 raise self._refusal(address, "the token is not known")
             return holder
-        if self._header is not None and self._is_proxy(address):
-            return self._of_header(request.headers.getlist(self._header), address)
         if not self.is_open:
             raise self._refusal(address, "sign in with a token: Authorization: Bearer TOKEN")
         if any(name in request.headers for name in FORWARDED):

@@ -13,8 +13,9 @@ from dicomnode.web.problem import MEDIA_TYPE
 
 API = "/api/v1"
 
-# PS3.5 section 9.1: components of digits, 64 characters in all.
-UID = r"^[0-9]+(\.[0-9]+)*$"
+# PS3.5 section 9.1: components of digits, 64 characters in all. Two of them at least: digits alone
+# may be a Patient ID that somebody asks for by mistake, and UIDs are written to the audit log.
+UID = r"^[0-9]+(\.[0-9]+)+$"
 KEY = r"^[A-Za-z0-9_-]+$"
 
 SeriesUID = Annotated[

@@ -1,6 +1,6 @@
 """The reference of the REST interface at /docs: one page, without scripts, made of its schema."""
 
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def static(name: str) -> FileResponse:
     return FileResponse(HERE / "static" / name, media_type=STATIC[name], headers=headers)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _page(openapi: Any) -> str:
     schema = openapi()
     operations = [

@@ -12,7 +12,7 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 10.0  # from the connection, or the last answer, to the end of a request's head
-PER_ADDRESS = 64  # connections of one address
+PER_ADDRESS, CONNECTIONS = 64, 256  # of one address, and of all
 TAKEN_MS = 60_000  # for what was sent to be acknowledged
 MAX_HEAD = 32 << 10  # bytes
 
@@ -33,7 +33,7 @@ def protocol(
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if counts.get(self._address, 0) >= per_address:
+            if counts.get(self._address, 0) >= per_address or len(self.connections) > CONNECTIONS:
                 refused(self._address, 429)
                 transport.abort()
                 return

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 PORT_S = 15.0  # how long to wait for the port: the page of a node that was killed lets go soon
 BACKLOG = 128
-CONNECTIONS = 256  # all addresses together
 STOP_S = 5  # for answers that are on their way
 
 
@@ -53,7 +52,6 @@ def run(settings: Settings, stop: threading.Event, listening: socket.socket | No
         access_log=False,  # addresses and queries are for the audit log, in its words
         proxy_headers=False,  # who is at the other end is told by the socket alone
         server_header=False,
-        limit_concurrency=CONNECTIONS,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_graceful_shutdown=STOP_S,
         ssl_context_factory=(lambda config, default: context) if context is not None else None,

@@ -45,10 +45,10 @@ def list_series(
 ) -> Response:
     """Return Series and where they stand, those that came last first."""
     part = caller.part
-    caller.saw(command="series", patient_key=patient, study_uid=study, state=state, covers=covers)
     nodes: list[Node] = []
-    if patient is not None:
-        whose = part.patient(patient)
+    whose = part.patient(patient) if patient is not None else None  # then it is a key, to be logged
+    caller.saw(command="series", patient_key=patient, study_uid=study, state=state)
+    if whose is not None:
         nodes += [Text("patient_id", (whose.patient_id,)), Text("issuer", (whose.issuer,))]
     if study is not None:
         nodes.append(Text("study_uid", (study,)))

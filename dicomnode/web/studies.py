@@ -113,14 +113,14 @@ def timeline(
 ) -> Response:
     """Return all Studies of a patient, what they cover, and how they align."""
     part = caller.part
+    patient = part.patient(key)  # what is no key may be a Patient ID, and is not logged
     caller.saw(command="timeline", patient_key=key)
-    patient = part.patient(key)
     with store.reading(part.engine) as session:
         rows = store.series_of_patient(session, patient, MAX_SERIES + 1)
-        pairs = store.pairs_of_patient(session, patient, MAX_PAIRS + 1)
+        pairs, every_pair = store.pairs_of_patient(session, patient, MAX_PAIRS)
     if not rows:
         raise Problem(404, "no Series of this patient")
-    complete = len(rows) <= MAX_SERIES and len(pairs) <= MAX_PAIRS
+    complete = every_pair and len(rows) <= MAX_SERIES
     studies: dict[str, TimelineStudy] = {}
     for row in sorted(rows[:MAX_SERIES], key=lambda r: (str(r.study_datetime or ""), r.study_uid)):
         when = row.study_datetime.isoformat() if row.study_datetime else None

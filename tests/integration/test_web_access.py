@@ -17,8 +17,9 @@ import pytest
 import trustme
 
 from db import engine as engines
-from dicomnode import config
-from dicomnode.errors import ConfigError
+from dicomnode import config, export
+from dicomnode.client import Client, NodeUnavailable
+from dicomnode.errors import ConfigError, StoreUnavailable
 from dicomnode.spool import Spool
 from dicomnode.web import access, bounds, database, docs, protocol, run
 from dicomnode.web.tokens import Holder, Role, add, line_of
@@ -148,6 +149,8 @@ def test_a_proxy_names_the_user_and_nobody_else_does(database_url, tmp_path):
         assert status(ADMIN_PAGE, "bob", "ada") == 401
         assert status(SERIES_PAGE, "") == 401
         assert status(SERIES_PAGE) == 401
+        passed_on = {"X-Remote-User": "bob", "Authorization": "Bearer of-the-proxy"}
+        assert http.get(SERIES_PAGE, headers=passed_on).status_code == 200
         assert {r["user"] for r in lines(proxied, "query")} == {"bob", "ada"}
     with served.page(
         tmp_path, database_url, tokens=False, proxies=["10.0.0.0/8"], **web
@@ -216,6 +219,36 @@ def test_what_is_refused_is_audited_without_what_was_asked(page):
         )
     assert {line["status"] for line in lines(page)[1:]} == {401, 404}
     assert not leaks(page.audit())
+
+
+def test_a_patient_id_in_the_place_of_a_key_or_uid_is_not_written_down(page):
+    with page.http() as http:
+        for path in (
+            "/series?patient=CANARY-ID",
+            "/patients/CANARY-ID/timeline",
+            "/series?covers=CANARY-ID",
+            "/series/18991130",
+            "/series?study=18991130",
+            "/studies/18991130/offsets/18991130",
+            "/coverage?q=patient_id='CANARY-ID'",
+            "/coverage?q=CANARY-ID",
+        ):
+            assert http.get(API + path).status_code in (404, 422), path
+    assert not leaks(page.audit())
+
+
+def test_a_file_that_breaks_off_is_noticed(page, tmp_path, monkeypatch):
+    def broken(*args):
+        yield b"PatientID\n" * 5000
+        raise StoreUnavailable("database: gone")
+
+    monkeypatch.setattr(export, "stream", broken)
+    with Client(page.url, page.tokens["read"]) as node, pytest.raises(NodeUnavailable):
+        node.export("slices > 1", tmp_path / "found.csv")
+    assert not list(tmp_path.glob("*found*"))
+    with page.http() as http:
+        assert http.get("/healthz").status_code == 200
+    assert [line.get("finished") for line in lines(page, "export")] == [None]
 
 
 def test_what_is_too_long_is_refused_and_audited(page):
