@@ -38,6 +38,8 @@ def run(settings: Settings) -> Iterator[Check]:
     yield _try("database", lambda: _database(settings))
     yield _try("weights", lambda: _weights(settings))
     yield _try("device", lambda: _device(settings))
+    if settings.web.enabled:
+        yield _try("page", lambda: _page(settings))
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
@@ -174,6 +176,30 @@ def _device(settings: Settings) -> str:
     from dicomnode import weights
 
     return str(weights.pick_device(settings.score.device))
+
+
+def _page(settings: Settings) -> str:
+    from dicomnode.web import patients, run, tokens
+
+    web = settings.web
+    run.tls(web)
+    if (key := settings.patient_key_file).exists():  # else the page makes it
+        patients.PatientKeys.of(key)
+    who = []
+    if web.token_file is not None:
+        who.append(f"{len(tokens.read(web.token_file))} tokens")
+    if web.user_header is not None:
+        who.append(f"users of {', '.join(web.proxies)}")
+    try:
+        run.bind(web).close()
+        state = "free"
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise NodeError(f"web.host, web.port: {exc}") from exc
+        state = "in use, by this node or another program"
+    kind = "HTTPS" if web.certificate else "HTTP"
+    asks = " and ".join(who) or "anybody on this machine"
+    return f"{web.host}:{web.port}, {kind}, for {asks}; {state}"
 
 
 def _echo(peer: Peer, settings: Settings) -> str:

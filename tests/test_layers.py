@@ -28,9 +28,9 @@ LAYERS = (
         "scp",
     ),
     ("node",),
-    ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
+    ("query", "files", "backfill", "rescore", "plot", "present", "bpreg", "export"),
     ("web",),
-    ("client",),
+    ("client", "checks"),
     ("cli", "demo", "", "__main__"),
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "manifest", "weights")

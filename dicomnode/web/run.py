@@ -39,7 +39,7 @@ def run(settings: Settings, stop: threading.Event, listening: socket.socket | No
     """
     web = settings.web
     _, app, refusals = application.create(settings)
-    context = _tls(web)
+    context = tls(web)
     listening = listening or _listen(web, stop)
     if listening is None:
         return
@@ -92,8 +92,7 @@ def _listen(web: WebSettings, stop: threading.Event) -> socket.socket | None:
     deadline = time.monotonic() + PORT_S
     while not stop.is_set():
         try:
-            family = socket.AF_INET6 if ":" in web.host else socket.AF_INET
-            return socket.create_server((web.host, web.port), family=family, backlog=BACKLOG)
+            return bind(web)
         except OSError as exc:
             if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise ConfigError(f"web.host, web.port: {web.host}:{web.port}: {exc}") from exc
@@ -101,7 +100,20 @@ def _listen(web: WebSettings, stop: threading.Event) -> socket.socket | None:
     return None
 
 
-def _tls(web: WebSettings) -> ssl.SSLContext | None:
+def bind(web: WebSettings) -> socket.socket:
+    """Return a socket that listens at the address of the settings; raises OSError."""
+    family = socket.AF_INET6 if ":" in web.host else socket.AF_INET
+    return socket.create_server((web.host, web.port), family=family, backlog=BACKLOG)
+
+
+def tls(web: WebSettings) -> ssl.SSLContext | None:
+    """Return what HTTPS is spoken with, None where it is HTTP.
+
+    Raises
+    ------
+    ConfigError
+        If the certificate or its key cannot be used.
+    """
     if web.certificate is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

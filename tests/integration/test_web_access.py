@@ -17,7 +17,7 @@ import pytest
 import trustme
 
 from db import engine as engines
-from dicomnode import config, export
+from dicomnode import checks, config, export
 from dicomnode.client import Client, NodeUnavailable
 from dicomnode.errors import ConfigError, StoreUnavailable
 from dicomnode.spool import Spool
@@ -549,6 +549,29 @@ def raw(
         connection.sendall(body)
     head, _, rest = until_closed(connection).partition(b"\r\n\r\n")
     return int(head.split()[1]), head, rest
+
+
+def test_check_tells_how_the_page_stands(tmp_path):
+    def told(**web) -> checks.Check:
+        settings = served.settings_of(tmp_path, "sqlite:///x", enabled=True, **web)
+        return checks._try("page", lambda: checks._page(settings))
+
+    assert told().ok and "anybody on this machine; free" in told().message
+    add(tmp_path / "tokens", Holder("a", Role.READ))
+    assert "for 1 tokens" in told(token_file=tmp_path / "tokens").message
+    assert not told(token_file=tmp_path / "none").ok
+    assert not told(certificate=tmp_path / "none.pem").ok
+    assert not told(host="192.0.2.1", token_file=tmp_path / "tokens").ok
+    (tmp_path / "web.key").write_text("x")
+    assert not told().ok
+    (tmp_path / "web.key").unlink()
+    assert told().ok and not (tmp_path / "web.key").exists()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        web = {"enabled": True, "port": taken.getsockname()[1]}
+        settings = served.settings_of(tmp_path, "sqlite:///x").model_copy(
+            update={"web": config.WebSettings(**web)}
+        )
+        assert "in use" in checks._page(settings)
 
 
 def test_files_of_the_page_are_where_they_are_looked_for():
