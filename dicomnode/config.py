@@ -74,7 +74,8 @@ def _address(value: str) -> str:
 
 
 def _network(value: str) -> str:
-    ipaddress.ip_network(value)
+    if ipaddress.ip_network(value).prefixlen == 0:
+        raise ValueError("everybody is no reverse proxy")
     return value
 
 

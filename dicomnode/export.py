@@ -202,7 +202,6 @@ def stream(
     expression: Expression,
     regions: Sequence[Region],
     suffix: str,
-    pseudonyms: Pseudonyms | None = None,
 ) -> Iterator[bytes]:
     """Yield the bytes of the file of Series that `write` would write, as they come to be.
 
@@ -217,7 +216,7 @@ def stream(
             for part in _parts(ids, CURVES):
                 with store.reading(engine) as session:
                     found = store.matches(session, part)
-                table.write([_series(m, regions, pseudonyms) for m in found])
+                table.write([_series(m, regions, None) for m in found])
                 if chunk := buffer.drain():
                     yield chunk
     yield buffer.drain()

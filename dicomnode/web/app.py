@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import anyio.to_thread
 from fastapi import FastAPI
-from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.types import ASGIApp
 
 from dicomnode import manifest
@@ -77,6 +77,11 @@ def create(settings: Settings) -> tuple[FastAPI, ASGIApp, Refusals]:
     app.include_router(docs.router)
     for routes in (series, studies, coverage, deliveries):
         app.include_router(routes.router)
-    app.add_middleware(GZipMiddleware, minimum_size=GZIP_BYTES, compresslevel=4)
+    app.add_middleware(
+        GZipMiddleware,
+        minimum_size=GZIP_BYTES,
+        compresslevel=4,
+        exclude_content_types=(*DEFAULT_EXCLUDED_CONTENT_TYPES, coverage.PARQUET),
+    )
     refusals = Refusals(audit)
     return app, Bounds(app, settings.web.names, refusals), refusals

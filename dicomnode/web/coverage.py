@@ -38,7 +38,8 @@ Question = Annotated[
     ),
 ]
 OF_PATIENTS = {"patient_id", "issuer"}
-TYPES = {Format.CSV: "text/csv", Format.PARQUET: "application/vnd.apache.parquet"}
+PARQUET = "application/vnd.apache.parquet"
+TYPES = {Format.CSV: "text/csv", Format.PARQUET: PARQUET}
 FILES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A page as JSON, or a file of all there is.",

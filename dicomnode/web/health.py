@@ -4,6 +4,7 @@ They say yes or no and nothing of patients, and are worked out once a second at 
 """
 
 import fcntl
+import math
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from dicomnode.web.part import Part, part_of
 router = APIRouter(tags=["health"])
 
 FRESH_S = 1.0
+STALE_S = 5.0  # so long in looking, the database counts as away
 
 
 @router.get("/healthz")
@@ -42,21 +44,28 @@ class Checks:
     """What was found last, kept for a moment: strangers may ask as often as they like."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._found: tuple[float, Readiness] | None = None
+        self._looking = threading.Lock()
+        self._found = -math.inf, Readiness(ready=False, checks={})
 
     def of(self, part: Part) -> Readiness:
         """Return how the node stands."""
-        with self._lock:
-            if self._found is None or time.monotonic() - self._found[0] > FRESH_S:
+        then, found = self._found
+        # One looks, the others are told what was found last: a database that does not answer
+        # must not hold every thread there is.
+        if time.monotonic() - then > FRESH_S and self._looking.acquire(blocking=False):
+            try:
                 checks = {
                     "database": _database(part),
                     "spool": _spool(part),
                     "worker": _worker(part.settings.spool.path),
                 }
-                readiness = Readiness(ready=all(checks.values()), checks=checks)
-                self._found = time.monotonic(), readiness
-            return self._found[1]
+                found = Readiness(ready=all(checks.values()), checks=checks)
+                self._found = time.monotonic(), found
+            finally:
+                self._looking.release()
+        elif time.monotonic() - then > STALE_S:
+            return Readiness(ready=False, checks={**found.checks, "database": False})
+        return found
 
 
 def _database(part: Part) -> bool:

@@ -171,7 +171,7 @@ class View(_Answer):
 
 
 class Line(_Answer):
-    """z index of moving = intercept + slope * index of fixed."""
+    """`moving = intercept + slope * fixed`, in slices counted from 1, feet to head."""
 
     intercept: float
     slope: float

@@ -12,7 +12,7 @@ def test_no_question_of_an_admin_brings_the_page_down(postgres_url, tmp_path):
         served.make(url)
         with served.page(tmp_path, url) as page:
             answers = attack(page, 6, 1)
-            assert answers["200"] > 20
+            assert answers["200"] > 5
             assert not leaks(page.audit())
 
 

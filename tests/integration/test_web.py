@@ -247,6 +247,8 @@ def test_long_answers_are_compressed(http):
     path = f"{API}/series/{FIXED_SERIES}/curve"
     short = http.get(path, headers={"Accept-Encoding": "gzip"})
     assert short.headers["content-encoding"] == "gzip"
+    packed = http.get(f"{API}/coverage?q=slices>1&format=parquet")  # by itself
+    assert "content-encoding" not in packed.headers
     whole = http.get(path, headers={"Accept-Encoding": "identity"})
     assert "content-encoding" not in whole.headers and short.json() == whole.json()
 

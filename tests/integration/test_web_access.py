@@ -405,6 +405,7 @@ def test_a_question_that_takes_too_long_is_stopped(database_url, tmp_path, monke
         ('[web]\nproxies = ["10.0.0.1"]', "user_header and proxies"),
         ('[web]\nadmins = ["ada"]', "admins"),
         ('[web]\nproxies = ["10.0.0.1/8"]\nuser_header = "X-User"', "host bits"),
+        ('[web]\nproxies = ["0.0.0.0/0"]\nuser_header = "X-User"', "everybody is no"),
         ('[web]\nuser_header = "X User"\nproxies = ["10.0.0.1"]', "user_header"),
         ('[web]\nnames = ["http://x"]', "names"),
         ('[web]\nkey = "x.pem"', "key is that of certificate"),

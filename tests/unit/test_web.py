@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dicomnode.config import Settings
 from dicomnode.errors import ConfigError
 from dicomnode.model import PatientKey
-from dicomnode.web import limits
+from dicomnode.web import health, limits
 from dicomnode.web.limits import Allowance
+from dicomnode.web.part import Part
 from dicomnode.web.patients import SECRET_BYTES, PatientKeys
 from dicomnode.web.tokens import Holder, Role, Tokens, add
 
@@ -150,3 +152,38 @@ def test_a_wrong_token_takes_as_long_as_a_right_one_to_tell(tmp_path, monkeypatc
         compared.clear()
         tokens.holder(token)
         assert len(compared) == 50
+
+
+def test_a_database_that_hangs_does_not_hold_those_who_ask_whether_it_is_there(
+    monkeypatch, tmp_path
+):
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hangs(part: object) -> bool:
+        asked.set()
+        assert go_on.wait(20)
+        return True
+
+    monkeypatch.setattr(health, "_database", hangs)
+    now = [100.0]
+    monkeypatch.setattr(health.time, "monotonic", lambda: now[0])
+    part = Part(Settings(spool={"path": tmp_path}), *[None] * 5)  # type: ignore[arg-type]  # unused
+    checks = health.Checks()
+    first = threading.Thread(target=checks.of, args=(part,))
+    first.start()
+    assert asked.wait(20)
+    assert not checks.of(part).ready and checks.of(part).checks == {"database": False}
+    go_on.set()
+    first.join()
+    assert checks.of(part).checks["database"] is True
+    go_on.clear()
+    asked.clear()
+    now[0] += health.FRESH_S + 0.1
+    second = threading.Thread(target=checks.of, args=(part,))
+    second.start()
+    assert asked.wait(20)
+    assert checks.of(part).checks["database"] is True  # what was found last
+    now[0] += health.STALE_S
+    assert checks.of(part).checks["database"] is False
+    go_on.set()
+    second.join()
