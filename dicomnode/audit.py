@@ -41,6 +41,9 @@ class Act(Enum):
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")
     EXPORT = ("export", "110106", None, "R")
+    # User Authentication, Login and Logout
+    SIGNED_IN = ("signed in", "110114", "110122", "E")
+    SIGNED_OUT = ("signed out", "110114", "110123", "E")
     # User Authentication, Login; Security Alert, Use of Restricted Function
     SIGN_IN_REFUSED = ("sign-in refused", "110114", "110122", "E")
     REQUEST_REFUSED = ("request refused", "110113", "110132", "E")

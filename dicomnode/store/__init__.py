@@ -20,8 +20,12 @@ from dicomnode.store.answers import (
     regions_of,
 )
 from dicomnode.store.browse import (
+    arrivals_since,
+    count_deliveries,
     issuers_of,
+    newest_series,
     pairs_of_patient,
+    pairs_of_study,
     series_by_id,
     series_of_patient,
 )
@@ -50,7 +54,7 @@ from dicomnode.store.outbox import (
     settle_delivery,
 )
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
-from dicomnode.store.previews import prune_previews
+from dicomnode.store.previews import has_previews, preview_of, previews_of, prune_previews
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.search import (
     Histogram,
@@ -68,6 +72,7 @@ from dicomnode.store.search import (
 )
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.sources import KnownSource, source_of
+from dicomnode.store.tally import Tally, tally
 from dicomnode.store.values import (
     Claimed,
     FoundPair,
@@ -96,10 +101,13 @@ __all__ = [
     "SliceResult",
     "StaleSeries",
     "StoredOffset",
+    "Tally",
+    "arrivals_since",
     "ask_deliveries",
     "available",
     "claim_deliveries",
     "claim_series",
+    "count_deliveries",
     "count_matches",
     "count_offsets",
     "count_quarantined",
@@ -117,6 +125,7 @@ __all__ = [
     "find_page",
     "finish_series",
     "has_lost_associations",
+    "has_previews",
     "heights_of",
     "is_waiting",
     "issuers_of",
@@ -128,6 +137,7 @@ __all__ = [
     "matches",
     "mining_tables",
     "newest_id",
+    "newest_series",
     "next_completion",
     "next_delivery_at",
     "offsets_of",
@@ -137,7 +147,10 @@ __all__ = [
     "origin_of",
     "pairs_of_fixed",
     "pairs_of_patient",
+    "pairs_of_study",
     "pending_offsets",
+    "preview_of",
+    "previews_of",
     "prune_previews",
     "quiet_at",
     "reading",
@@ -154,6 +167,7 @@ __all__ = [
     "stale_series",
     "statement_of",
     "store_offsets",
+    "tally",
     "trust",
     "windows",
     "writing",

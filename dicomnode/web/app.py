@@ -13,13 +13,15 @@ from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.core import region
 from dicomnode.objects.modules import VERSION
-from dicomnode.web import coverage, deliveries, docs, health, problem, series, studies
+from dicomnode.web import coverage, deliveries, docs, health, look, problem, series, studies
 from dicomnode.web.access import Doorkeeper
 from dicomnode.web.answer import API
 from dicomnode.web.bounds import Bounds, Refusals
 from dicomnode.web.database import Database
+from dicomnode.web.pages import pages
 from dicomnode.web.part import Part
-from dicomnode.web.patients import PatientKeys
+from dicomnode.web.patients import PatientKeys, secret_of
+from dicomnode.web.session import Sessions
 
 # At a time; fewer than the connections of the database's pool, 15.
 THREADS = 12
@@ -44,12 +46,13 @@ def create(settings: Settings) -> tuple[FastAPI, ASGIApp, Refusals]:
     audit = AuditLog(settings.audit_log)
     database = Database(settings.database.url)
     bundle = manifest.read_manifest(settings.score.model)
+    secret = secret_of(settings.patient_key_file)
     part = Part(
         settings=settings,
         database=database,
         audit=audit,
-        keys=PatientKeys.of(settings.patient_key_file),
-        doorkeeper=Doorkeeper(settings.web),
+        keys=PatientKeys(secret),
+        doorkeeper=Doorkeeper(settings.web, Sessions(secret)),
         regions=region.from_manifest(bundle),
     )
 
@@ -75,8 +78,11 @@ def create(settings: Settings) -> tuple[FastAPI, ASGIApp, Refusals]:
     problem.install(app)
     app.include_router(health.router)
     app.include_router(docs.router)
+    app.include_router(look.router)
     for routes in (series, studies, coverage, deliveries):
         app.include_router(routes.router)
+    for routes in pages:
+        app.include_router(routes)
     app.add_middleware(
         GZipMiddleware,
         minimum_size=GZIP_BYTES,

@@ -124,13 +124,13 @@ def _answer(caller: Caller, asked: ExpressionAsked) -> Response:
         return plain(MatchPage(series=matches, next=page.next))
     caller.saw(Act.EXPORT, command="coverage", format=asked.format)
     return StreamingResponse(
-        _told(caller, export.stream(part.engine, found, part.regions, f".{asked.format}")),
+        told(caller, export.stream(part.engine, found, part.regions, f".{asked.format}")),
         media_type=TYPES[asked.format],
         headers={"Content-Disposition": f'attachment; filename="series.{asked.format}"'},
     )
 
 
-def _told(caller: Caller, chunks: Iterator[bytes]) -> Iterator[bytes]:
+def told(caller: Caller, chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Pass chunks on, and record the end, so that what was broken off can be told from it."""
     size = 0
     for chunk in chunks:

@@ -1,30 +1,17 @@
 """The reference of the REST interface at /docs: one page, without scripts, made of its schema."""
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from starlette.responses import FileResponse
 
-from dicomnode.web.problem import Problem
+from dicomnode.web.look import render
 
 router = APIRouter(include_in_schema=False)
 
-HERE = Path(__file__).parent
-STATIC = {"style.css": "text/css"}
 METHODS = ("get", "post", "put", "patch", "delete")
 COMMON = {"400", "401", "403", "413", "414", "421", "422", "429", "503"}
-
-_environment = Environment(
-    loader=FileSystemLoader(HERE / "templates"),
-    autoescape=select_autoescape(),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 @router.get("/docs")
@@ -32,15 +19,6 @@ def reference(request: Request) -> HTMLResponse:
     """Return the reference as a page."""
     headers = {"Cache-Control": "no-cache"}
     return HTMLResponse(_page(request.app.openapi), headers=headers)
-
-
-@router.get("/static/{name}")
-def static(name: str) -> FileResponse:
-    """Return one of the files that pages are made of, which are all known by name."""
-    if name not in STATIC:
-        raise Problem(404, "nothing is at this address")
-    headers = {"Cache-Control": "max-age=3600"}
-    return FileResponse(HERE / "static" / name, media_type=STATIC[name], headers=headers)
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +33,8 @@ def _page(openapi: Any) -> str:
     by_tag: dict[str, list[dict[str, Any]]] = {}
     for operation in operations:
         by_tag.setdefault(operation["tags"][0], []).append(operation)
-    return _environment.get_template("docs.html").render(
+    return render(
+        "docs.html",
         info=schema["info"],
         tags=by_tag,
         schemas=schema["components"]["schemas"],

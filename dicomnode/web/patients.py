@@ -34,17 +34,8 @@ class PatientKeys:
 
     @classmethod
     def of(cls, path: Path) -> "PatientKeys":
-        """Return those of the secret in a file, which is made where it is not there.
-
-        Raises
-        ------
-        ConfigError
-            If the file cannot be read or made, or is not such a secret.
-        """
-        try:
-            return cls(_secret(path))
-        except OSError as exc:
-            raise ConfigError(f"web.key_file: {path}: {exc.strerror}") from exc
+        """Return those of the secret in a file; see `secret_of`."""
+        return cls(secret_of(path))
 
     def key(self, patient: PatientKey) -> str | None:
         """Return the key of a patient; nobody has none."""
@@ -69,6 +60,20 @@ class PatientKeys:
         start = end + 2
         last = start + int.from_bytes(plain[end:start])
         return PatientKey(plain[start:last].decode(), plain[2:end].decode())
+
+
+def secret_of(path: Path) -> bytes:
+    """Return the secret in a file, which is made where it is not there.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or made, or is not such a secret.
+    """
+    try:
+        return _secret(path)
+    except OSError as exc:
+        raise ConfigError(f"web.key_file: {path}: {exc.strerror}") from exc
 
 
 def _secret(path: Path) -> bytes:

@@ -49,7 +49,7 @@ class Holder:
 
 def line_of(holder: Holder, token: str) -> str:
     """Return the line of the file that lets this token in."""
-    return f"{holder.role} {holder.name} {_digest(token).hex()}\n"
+    return f"{holder.role} {holder.name} {digest_of(token).hex()}\n"
 
 
 def add(path: Path, holder: Holder) -> str:
@@ -132,10 +132,13 @@ class Tokens:
 
     def holder(self, token: str) -> Holder | None:
         """Return whose token it is, None where it is nobody's."""
-        asked = _digest(token)
+        return self.holder_of(digest_of(token))
+
+    def holder_of(self, digest: bytes) -> Holder | None:
+        """Return whose token has this digest, None where it is nobody's."""
         found = None
-        for digest, holder in self._current():  # all of them: time tells nothing of where it is
-            if hmac.compare_digest(digest, asked):
+        for known, holder in self._current():  # all of them: time tells nothing of where it is
+            if hmac.compare_digest(known, digest):
                 found = holder
         return found
 
@@ -162,5 +165,6 @@ class Tokens:
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
 
 
-def _digest(token: str) -> bytes:
+def digest_of(token: str) -> bytes:
+    """Return the digest of a token, as the file has it."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
