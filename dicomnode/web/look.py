@@ -47,6 +47,11 @@ def render(template: str, **values: Any) -> str:
     return _environment.get_template(template).render(**values)
 
 
+def _signed(value: float, digits: int = 1) -> str:
+    text = f"{value:+.{digits}f}"
+    return _minus(text) if text.strip("+-0.") else "0"  # neither +0 nor -0
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
@@ -59,6 +64,6 @@ _environment = Environment(
     lstrip_blocks=True,
 )
 _environment.globals["static"] = address
-_environment.filters["signed"] = lambda value, digits=1: _minus(f"{value:+.{digits}f}")
+_environment.filters["signed"] = _signed
 _environment.filters["number"] = lambda value, digits=0: _minus(f"{value:,.{digits}f}")
 _environment.filters["day"] = lambda when: f"{when:%Y-%m-%d}" if when else "no date"

@@ -31,7 +31,7 @@ EXAMPLES = (
     "covers(liver, 0.9) and quality > 0.9",
     "covers(chest) and not overlaps(head) and slices >= 100",
     "body_part_examined = 'ABDOMEN' and not overlaps(abdomen)",
-    "prior(within=365d) and covers(lung, 0.9)",
+    "prior(within=365d) and covers(lungs, 0.9)",
     "state = quarantined",
 )
 
@@ -63,7 +63,7 @@ def ask(request: Request, sent: Posted) -> Response:
     try:
         asked = _parse(part, text)
     except ExpressionError as exc:
-        return _show(request, caller, text, error=exc, status=422)
+        return _show(request, caller, text, error=exc)
     with store.reading(part.engine) as session:
         count = store.count_matches(session, asked)
         page = store.find_page(session, asked, before=before, limit=ROWS)
@@ -121,14 +121,12 @@ def _show(
     found: Found | None = None,
     error: ExpressionError | None = None,
     before: int | None = None,
-    status: int = 200,
 ) -> Response:
     part = caller.part
     return show(
         request,
         caller,
         "mine.html",
-        status,
         q=text,
         examples=EXAMPLES,
         words=mining.words(part.regions),

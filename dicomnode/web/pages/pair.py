@@ -17,6 +17,7 @@ from dicomnode.web.problem import Problem
 router = pages()
 
 JSON = dict[str, Any]
+REVISED = "a Series of the pair is being revised: try again"
 NINETY = 1.645  # 90 % of errors lie within so many sigma
 
 
@@ -42,7 +43,9 @@ def pair(
         rows = [next(iter(store.list_series(session, series_uid=uid)), None) for uid in uids]
         kept = [store.has_previews(session, uid) for uid in uids]
         if any(uid not in curves for uid in uids) or any(row is None for row in rows):
-            raise Problem(404, "a Series of the pair is being revised: try again")
+            raise Problem(404, REVISED)
+        if found.slices and len(found.slices) != len(curves[best.fixed_series].z_mm):
+            raise Problem(404, REVISED)
         regions = store.regions_of(session, best.model)
     sides = [
         {"row": row, "key": part.keys.key(row.patient), "curve": curves[row.series_uid], "kept": k}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from fastapi import Request, Response
 
 from dicomnode import query, store
@@ -87,14 +88,16 @@ def slices_of(curve: ScoreCurve, revision: int, name: str, has_previews: bool) -
     }
 
 
-def bands(curve: ScoreCurve, regions: tuple[Region, ...], shift_mm: float = 0.0) -> list[JSON]:
+def bands(curve: ScoreCurve, regions: tuple[Region, ...]) -> list[JSON]:
     """Return which stretch of z shows each body part, feet to head; organs are listed apart."""
-    found = [s for s in region.showing(curve.z_mm, curve.height_mm, regions) if not s.region.part]
+    z = curve.z_mm
+    edges = np.concatenate([[strip.span(z)[0]], (z[1:] + z[:-1]) / 2, [strip.span(z)[1]]])
     return [
         {
             "name": s.region.name,
-            "low": round(float(curve.z_mm[s.first]) + shift_mm, 3),
-            "high": round(float(curve.z_mm[s.last]) + shift_mm, 3),
+            "low": round(float(edges[s.first]), 3),
+            "high": round(float(edges[s.last + 1]), 3),
         }
-        for s in found
+        for s in region.showing(z, curve.height_mm, regions)
+        if not s.region.part
     ]

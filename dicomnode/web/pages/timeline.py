@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-LEFT, RIGHT, TOP, BOTTOM = 110.0, 24.0, 16.0, 64.0  # around the plot, in units of the picture
+LEFT, RIGHT, TOP, BOTTOM = 90.0, 80.0, 16.0, 56.0  # around the plot, in units of the picture
 HEIGHT = 420.0  # of the plot
-WIDTH = 760.0  # of the plot, where Studies do not need more
+WIDTH = 980.0  # of the plot, where Studies do not need more
 GAP = 52.0  # between Studies, at least: their dates are beneath
 BAR = 14.0
 TICK_MM = 100.0

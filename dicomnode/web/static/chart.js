@@ -1,6 +1,6 @@
 // Curves drawn upright: z grows upwards beside the strips, body height to the right.
 
-const TOP = 8, BOTTOM = 46, TALLEST = 620, SHORTEST = 300, MM = 1.0;
+const TOP = 8, AXIS = 34, LABEL = 20, TALLEST = 620, SHORTEST = 300, MM = 1.0;
 
 // light-dark() is not resolved in a custom property; an element that wears it tells.
 const resolved = (() => {
@@ -72,6 +72,7 @@ function drawMark(u, z, paint) {
   ctx.save();
   ctx.strokeStyle = paint.mark;
   ctx.lineWidth = 1.5 * devicePixelRatio;
+  ctx.setLineDash([]);
   ctx.beginPath();
   ctx.moveTo(u.bbox.left, y);
   ctx.lineTo(u.bbox.left + u.bbox.width, y);
@@ -79,8 +80,11 @@ function drawMark(u, z, paint) {
   ctx.restore();
 }
 
-/** Draw curves into an element; `pointed` is told z where the pointer is. */
-export function chart(element, data, pointed) {
+/**
+ * Draw curves into an element. `pointed` is told z where the pointer is; `placed`, where the plot
+ * lies in the element and how high it is, in CSS pixels.
+ */
+export function chart(element, data, pointed, placed) {
   let paint = colours(), mark = null, plot = null;
   const tables = data.curves.map((c) => [c.z.map((z) => z + (c.shift ?? 0)), c.height]);
   const values = tables.length > 1 ? uPlot.join(tables) : tables[0];
@@ -91,15 +95,15 @@ export function chart(element, data, pointed) {
   const minus = (u, ticks) => ticks.map((t) => String(t).replace("-", "−"));
   const options = {
     width: Math.max(element.clientWidth, 240),
-    height: inner + TOP + BOTTOM,
+    height: inner + TOP + AXIS + LABEL,
     padding: [TOP, 12, 0, 0],
     scales: {
       x: { time: false, ori: 1, dir: 1, range: [data.low, data.high] },
       y: { ori: 0, dir: 1, range: (u, low, high) => [low - 15, high + 15] },
     },
     axes: [
-      { ...axis, scale: "x", side: 3, size: 54, label: "z, mm", labelSize: 18, values: minus },
-      { ...axis, scale: "y", side: 2, size: 26, label: "body height, mm", labelSize: 18, values: minus },
+      { ...axis, scale: "x", side: 3, size: 50, label: "z, mm", labelSize: LABEL, values: minus },
+      { ...axis, scale: "y", side: 2, size: AXIS, space: 64, label: "body height, mm", labelSize: LABEL, values: minus },
     ],
     series: [
       { label: "z, mm" },
@@ -111,6 +115,7 @@ export function chart(element, data, pointed) {
     legend: { show: false },
     cursor: { x: false, y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
     hooks: {
+      ready: [(u) => placed(u.over.offsetTop, u.over.offsetHeight)],
       drawClear: [(u) => drawBands(u, data, paint)],
       draw: [
         (u) => drawNames(u, data, paint),
@@ -133,8 +138,6 @@ export function chart(element, data, pointed) {
     plot.redraw(false, true);
   });
   return {
-    inner,
-    top: () => plot.over.offsetTop,
     mark(z) {
       mark = z;
       plot.redraw(false, false);

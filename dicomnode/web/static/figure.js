@@ -48,15 +48,9 @@ const describe = (curve, k) =>
   `slice ${k + 1} of ${curve.z.length}, z ${minus(curve.z[k].toFixed(1))} mm, ` +
   `body height ${minus(curve.height[k].toFixed(0))} mm`;
 
-const plot = chart(document.getElementById("chart"), data, (z) => set(nearest(z, first.z)));
-
-// Strips take the height and the place of the plot, so that they share its axis.
-const lines = [...document.querySelectorAll(".strip")].map((strip) => {
+const strips = [...document.querySelectorAll(".strip")];
+const lines = strips.map((strip) => {
   const image = strip.querySelector("img"), line = document.createElement("div");
-  const wide = (plot.inner * WIDTH_MM) / (data.high - data.low);
-  strip.style.marginTop = `${plot.top()}px`;
-  image.style.height = `${plot.inner}px`;
-  if (matchMedia("(min-width: 60rem)").matches) image.style.width = `${Math.min(wide, WIDEST)}px`;
   line.className = "at";
   strip.append(line);
   strip.addEventListener("pointermove", (e) => {
@@ -66,6 +60,29 @@ const lines = [...document.querySelectorAll(".strip")].map((strip) => {
   });
   return line;
 });
+let tall = 0;
+
+// Strips take the place and the height of the plot, so that they share its axis.
+function place(top, height) {
+  tall = height;
+  const wide = (height * WIDTH_MM) / (data.high - data.low);
+  for (const strip of strips) {
+    const image = strip.querySelector("img");
+    strip.style.marginTop = `${top}px`;
+    image.style.height = `${height}px`;
+    if (matchMedia("(min-width: 60rem)").matches) image.style.width = `${Math.min(wide, WIDEST)}px`;
+  }
+}
+
+const begin = (top, height) => {
+  place(top, height);
+  set(Number(slider.value));
+  document.body.dataset.ready = "yes";
+};
+const plot = chart(
+  document.getElementById("chart"), data, (z) => set(nearest(z, first.z)),
+  (top, height) => queueMicrotask(() => begin(top, height)),
+);
 
 function set(k) {
   k = Math.min(Math.max(k, 0), first.z.length - 1);
@@ -73,7 +90,7 @@ function set(k) {
   slider.setAttribute("aria-valuetext", describe(first, k));
   const z = first.z[k];
   plot.mark(z);
-  for (const line of lines) line.style.top = `${plot.share(z) * plot.inner - 1}px`;
+  for (const line of lines) line.style.top = `${plot.share(z) * tall - 1}px`;
   shows[0](k);
   said[0].textContent = describe(first, k);
   if (!second) return;
@@ -103,5 +120,3 @@ for (const button of document.querySelectorAll("[data-slice]")) {
     slider.focus();
   });
 }
-set(Number(slider.value));
-document.body.dataset.ready = "yes";

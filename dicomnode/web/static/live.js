@@ -49,7 +49,7 @@ function fill(row, s) {
 
 function blank() {
   const row = document.createElement("tr");
-  for (const name of ["", "", "nowrap", "", "", "nowrap", "r", "", "", "nowrap"]) {
+  for (const name of ["", "nowrap", "nowrap", "", "", "nowrap", "r", "", "", "nowrap"]) {
     const cell = row.insertCell();
     if (name) cell.className = name;
   }
