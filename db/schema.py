@@ -317,6 +317,10 @@ class Delivery(Base):
         Index("ix_delivery_state_due_at", "state", "due_at"),
         Index("ix_delivery_subject", "subject"),
         Index("ix_delivery_transaction_uid", "transaction_uid"),
+        # A destination that is down does not hide what waits for another.
+        Index("ix_delivery_destination_state_due_at", "destination", "state", "due_at"),
+        Index("ix_delivery_commitment_due_at", "commitment_due_at"),
+        Index("ix_delivery_sop_instance_uid", "sop_instance_uid"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -336,4 +340,6 @@ class Delivery(Base):
     sop_class_uid: Mapped[str | None] = mapped_column(UID)
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last
     transaction_uid: Mapped[str | None] = mapped_column(UID)  # of Storage Commitment
-    commitment: Mapped[str | None] = mapped_column(String(16))  # asked, committed, failed
+    commitment: Mapped[str | None] = mapped_column(String(16))  # wanted, asked, committed, ...
+    commitment_due_at: Mapped[datetime | None] = mapped_column(UTCDateTime)  # to ask, or ask again
+    commitment_attempts: Mapped[int] = mapped_column(server_default=text("0"))

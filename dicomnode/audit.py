@@ -33,11 +33,13 @@ class Act(Enum):
     # Begin Transferring DICOM Instances; an echo alone is an association too.
     ASSOCIATION_OPENED = ("association opened", "110102", None, "E")
     ASSOCIATION_ENDED = ("association ended", "110104", None, "C")  # DICOM Instances Transferred
+    INSTANCES_SENT = ("instances sent", "110104", None, "R")  # DICOM Instances Transferred
     SERIES_RECEIVED = ("series received", "110103", None, "C")  # DICOM Instances Accessed
     # Security Alert, Node Authentication
     CONNECTION_REFUSED = ("connection refused", "110113", "110126", "E")
     ASSOCIATION_REJECTED = ("association rejected", "110113", "110126", "E")
     LINES_LOST = ("audit lines lost", "110113", None, "E")
+    REQUEUED = ("deliveries requeued", "110106", None, "E")  # Export
     QUERY = ("query", "110112", None, "E")
     IMPORT = ("import", "110107", None, "C")
     EXPORT = ("export", "110106", None, "R")

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
@@ -44,6 +45,11 @@ def run(settings: Settings) -> Iterator[Check]:
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
         yield _try(f"peer {peer.ae_title}", lambda p=peer: _echo(p, settings))  # type: ignore[misc]
+    for title in _takers(settings):
+        yield _try(f"deliver {title}", lambda t=title: _takes(t, settings))  # type: ignore[misc]
+    for url in _hooks(settings):
+        name = f"webhook {urlsplit(url).netloc}"
+        yield _try(name, lambda u=url: _reach(u, settings))  # type: ignore[misc]
 
 
 def lines(settings: Settings) -> Iterator[str]:
@@ -203,28 +209,61 @@ def _page(settings: Settings) -> str:
 
 
 def _echo(peer: Peer, settings: Settings) -> str:
-    from pynetdicom import AE, build_context
-    from pynetdicom.sop_class import Verification
+    from dicomnode.scu.association import echo
 
-    ae = AE(settings.node.ae_title)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = PEER_TIMEOUT_S
-    where = f"{peer.host}:{peer.port}"
-    contexts = [build_context(Verification)]
-    tls_args = None
-    if peer.tls:
-        from dicomnode.scp import tls
+    echo(settings, peer, PEER_TIMEOUT_S)
+    return f"{peer.host}:{peer.port} answers C-ECHO"
 
-        context = tls.client_context(settings.tls, peer)
-        tls_args = (context, peer.certificate_name or peer.host)
-    assoc = ae.associate(peer.host, peer.port, contexts, ae_title=peer.ae_title, tls_args=tls_args)
-    if not assoc.is_established:
-        raise NodeError(f"no association with {where}")
-    try:
-        if peer.tls and not tls.accepts(peer, tls.certificate_of(assoc.dul.socket.socket)):
-            raise NodeError(f"{where} shows another certificate than node.peers says")
-        status = assoc.send_c_echo()
-        if status.get("Status") != 0x0000:
-            raise NodeError(f"{where} does not answer C-ECHO")
-    finally:
-        assoc.release()
-    return f"{where} answers C-ECHO"
+
+def _takers(settings: Settings) -> list[str]:
+    """Return the peers that get objects of ours."""
+    return list(dict.fromkeys((*settings.deliver.registration, *settings.deliver.report)))
+
+
+def _takes(ae_title: str, settings: Settings) -> str:
+    """Tell what of ours a peer accepts, by proposing it."""
+    from pydicom.uid import Comprehensive3DSRStorage, SpatialRegistrationStorage
+    from pynetdicom import build_context
+    from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+
+    from dicomnode.scu.association import associated
+    from dicomnode.scu.storage import UNCOMPRESSED
+
+    deliver = settings.deliver
+    wanted = []
+    if ae_title in deliver.registration:
+        wanted.append(("Spatial Registration", SpatialRegistrationStorage))
+    if ae_title in deliver.report:
+        wanted.append(("Comprehensive 3D SR", Comprehensive3DSRStorage))
+    contexts = [build_context(uid, list(UNCOMPRESSED)) for _, uid in wanted]
+    contexts += [build_context(StorageCommitmentPushModel), build_context(Verification)]
+    peer = settings.peer(ae_title)
+    assert peer is not None  # the settings saw to it
+    with associated(settings, peer, contexts, acse_s=PEER_TIMEOUT_S) as link:
+        refused = [name for name, uid in wanted if not link.accepted(uid)]
+        commits = bool(link.accepted(StorageCommitmentPushModel))
+    if refused:
+        raise NodeError(f"does not take {', '.join(refused)}: allow it at the peer")
+    told = f"takes {', '.join(name for name, _ in wanted)}"
+    if not deliver.commitment:
+        return told
+    if commits and not peer.calling:
+        raise NodeError(
+            f"{told}; its answers to Storage Commitment come as associations, and "
+            "node.peers says that it does not call"
+        )
+    return f"{told}; {'offers' if commits else 'does not offer'} Storage Commitment"
+
+
+def _hooks(settings: Settings) -> list[str]:
+    """Return the URLs of all webhooks."""
+    urls = [*settings.deliver.webhooks, *(r.webhook for r in settings.rule if r.webhook)]
+    return list(dict.fromkeys(urls))
+
+
+def _reach(url: str, settings: Settings) -> str:
+    from dicomnode.outgoing import webhook
+
+    secret = webhook.read_secret(settings.deliver.webhook_secret_file)
+    webhook.reach(url)
+    return "can be reached" + ("" if secret else "; what it gets is not signed")

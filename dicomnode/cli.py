@@ -28,7 +28,7 @@ from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
 from dicomnode.errors import ConfigError, ExpressionError, NodeError, ObjectError, WeightsError
-from dicomnode.model import Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
+from dicomnode.model import DeliveryState, Method, OffsetStatus, Refusal, ScoreCurve, SeriesState
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -250,6 +250,7 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
     from dicomnode import device, store, weights
     from dicomnode import rescore as rescoring
     from dicomnode.node.score import Scorer
+    from dicomnode.outgoing.asking import Asking
 
     settings = configuration.load(_config_path(config))
     own = weights.load(settings.score.model)
@@ -267,7 +268,7 @@ def rescore(model: Path | None, series_uid: str | None, config: Path | None, as_
                 _nothing("still arriving: a Series is scored anew once it is finished")
         plan = rescoring.plan(engine, bundle, series_uid)
         with _progress("rescoring", len(plan.series)) as advance:
-            summary = rescoring.run(engine, scorer, plan.series, advance)
+            summary = rescoring.run(engine, scorer, plan.series, advance, Asking(settings))
     if as_json:
         _print_json(
             {
@@ -778,6 +779,80 @@ def token(role: str, name: str, config: Path | None) -> None:
     if path is None:
         raise ConfigError("web.token_file: not set, so there is no file to write to")
     click.echo(tokens.add(path, tokens.Holder(name, tokens.Role(role))))
+
+
+@main.group(invoke_without_command=True)
+@click.option("--state", type=click.Choice([s.value for s in DeliveryState]))
+@click.option("--destination", help="AE title, or URL of a webhook.")
+@click.option("--of", "subject", help="UID of a Series, or of a pair the fixed Study.")
+@click.option("--limit", default=200, show_default=True)
+@_config_option
+@_json_option
+@click.pass_context
+def deliveries(
+    ctx: click.Context,
+    state: str | None,
+    destination: str | None,
+    subject: str | None,
+    limit: int,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """List what went out by itself, what waits, and what was given up and why.
+
+    \b
+    Example:  dicomnode deliveries --state failed
+    """
+    from dicomnode import present, store
+
+    ctx.obj = config
+    if ctx.invoked_subcommand is not None:
+        return
+    with _database(config) as engine, store.reading(engine) as session:
+        found = store.list_deliveries(
+            session,
+            state=DeliveryState(state) if state else None,
+            destination=destination,
+            subject=subject,
+            limit=limit,
+        )
+        counts = store.count_deliveries(session)
+    if as_json:
+        _print_json([present.delivery_json(d) for d in found])
+    elif found:
+        _console().print(present.delivery_table(found))
+        counted = ", ".join(f"{counts[s]} {s}" for s in DeliveryState if s in counts)
+        click.echo(f"{len(found)} shown; in all {counted}", err=True)
+    if not found:
+        _nothing("no such delivery")
+
+
+@deliveries.command()
+@click.argument("ids", nargs=-1, type=int)
+@click.option("--all-failed", is_flag=True, help="All that were given up.")
+@_config_option
+@click.pass_obj
+def requeue(
+    named: Path | None, ids: tuple[int, ...], all_failed: bool, config: Path | None
+) -> None:
+    """Deliver again, whatever became of it: at once, and with all its attempts anew.
+
+    \b
+    Example:  dicomnode deliveries requeue 17 18
+    """
+    from dicomnode import store
+
+    config = config or named  # before `requeue`, or behind it
+    if bool(ids) == all_failed:
+        raise click.UsageError("name deliveries by their ids, or --all-failed")
+    with _database(config) as engine, store.writing(engine) as session:
+        queued = store.requeue_deliveries(session, datetime.now(UTC), ids or None)
+    _audit(config, Act.REQUEUED, deliveries=queued)
+    missing = sorted(set(ids) - set(queued))
+    if queued:
+        click.echo(f"queued: {', '.join(map(str, queued))}", err=True)
+    if missing or not queued:
+        _nothing(f"no such delivery: {', '.join(map(str, missing))}" if missing else "none failed")
 
 
 @main.group()

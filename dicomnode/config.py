@@ -57,6 +57,8 @@ def _web_address(value: str) -> str:
         raise ValueError("a URL begins with http:// or https:// and a host")
     if parts.username or parts.password:
         raise ValueError("no user name and password in a URL: it is shown and logged")
+    if len(value) > 255:
+        raise ValueError("a URL has 255 characters at most")
     return value
 
 
@@ -120,7 +122,7 @@ class Peer(_Section):
         default="",
         description="DNS name that its certificate must carry; empty: any.",
     )
-    tls: bool = Field(default=False, description="Whether it listens with TLS; for `check`.")
+    tls: bool = Field(default=False, description="Whether it listens with TLS.")
     default_issuer: str = Field(
         default="",
         max_length=64,  # PS3.5 Table 6.2-1, LO

@@ -8,6 +8,7 @@ NodeError
 + TransientError        the same call may work later                -> retry with backoff
   - StoreUnavailable
   - DeviceUnavailable
+  - PeerUnavailable
 + SpoolFull             refuse with 0xA700, sender keeps the object
 + ConfigError           stop at start-up, say which key
   - SpoolBusy           another worker takes from this spool        -> wait, or let it work
@@ -67,6 +68,10 @@ class StoreUnavailable(TransientError):
 
 class DeviceUnavailable(TransientError):
     """The scoring device does not answer."""
+
+
+class PeerUnavailable(TransientError):
+    """A peer cannot be reached, refuses the association, breaks off, or does not answer."""
 
 
 class SpoolFull(NodeError):

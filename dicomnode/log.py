@@ -20,6 +20,10 @@ _LIBRARIES = {
     "alembic": logging.WARNING,  # a dozen lines about itself at each start
     # Whatever it says of a request, a stranger can make it say; what matters is told by `web`.
     "uvicorn": logging.CRITICAL,
+    "httpx": logging.WARNING,  # below, both tell whole URLs, which may hold a token
+    "httpcore": logging.WARNING,
+    "httpx2": logging.WARNING,  # and so do these
+    "httpcore2": logging.WARNING,
 }
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 

@@ -127,6 +127,16 @@ class DeliveryState(StrEnum):
     DROPPED = "dropped"  # when it was due, there was nothing to say any more
 
 
+class Commitment(StrEnum):
+    """Whether a peer committed itself to keep what it was sent (PS3.4 Annex J)."""
+
+    WANTED = "wanted"  # to be asked
+    ASKED = "asked"  # its answer may come on an association of its own
+    COMMITTED = "committed"
+    FAILED = "failed"
+    UNANSWERED = "unanswered"  # given up
+
+
 @dataclass(frozen=True, slots=True)
 class SpooledInstance:
     """One Instance on stable storage: a DICOM Part 10 file with a name of our own making.

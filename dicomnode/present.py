@@ -11,10 +11,10 @@ from rich.table import Table
 from dicomnode.core import region
 from dicomnode.core.region import Region
 from dicomnode.files import ScoredSeries
-from dicomnode.model import Quality, ScoreCurve, SeriesState
+from dicomnode.model import DeliveryState, Quality, ScoreCurve, SeriesState
 from dicomnode.query import PairMap, Place, View
 from dicomnode.spool.survey import Part
-from dicomnode.store import Histogram, Match, SeriesRow, StoredOffset
+from dicomnode.store import Delivery, Histogram, Match, SeriesRow, StoredOffset
 
 JSON = dict[str, Any]
 
@@ -217,6 +217,54 @@ def map_table(found: PairMap) -> Table:
 def _named(place: Place) -> str:
     uid, frame = place.sop_instance_uid, place.frame
     return uid if frame == 1 else f"{uid}#{frame}"
+
+
+def delivery_json(delivery: Delivery) -> JSON:
+    """Return a delivery and how it stands."""
+    what = delivery.what
+    return {
+        "id": delivery.id,
+        "kind": what.kind,
+        "destination": what.destination,
+        "rule": what.rule or None,
+        "subject": what.subject,
+        "other": what.other or None,
+        "state": delivery.state,
+        "reason": delivery.reason,
+        "attempts": delivery.attempts,
+        "version": delivery.version,
+        "asked_at": delivery.asked_at.isoformat(),
+        "due_at": delivery.due_at.isoformat() if delivery.state == DeliveryState.WAITING else None,
+        "done_at": delivery.done_at.isoformat() if delivery.done_at else None,
+        "sop_instance_uid": delivery.sop_instance_uid,
+        "commitment": delivery.commitment,
+    }
+
+
+def delivery_table(deliveries: Sequence[Delivery]) -> Table:
+    """Return deliveries as a table for a terminal."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("id", justify="right")
+    for title in ("what", "to", "of", "state"):
+        table.add_column(title, overflow="fold")
+    table.add_column("tries", justify="right")
+    for title in ("when", "reason, commitment"):
+        table.add_column(title, overflow="fold")
+    for d in deliveries:
+        what = d.what
+        when = d.due_at if d.state == DeliveryState.WAITING else d.done_at or d.asked_at
+        notes = [d.reason, f"commitment {d.commitment}" if d.commitment else None]
+        table.add_row(
+            str(d.id),
+            f"{what.kind} ({what.rule})" if what.rule else str(what.kind),
+            what.destination,
+            f"{what.subject} {what.other}".strip(),
+            str(d.state),
+            str(d.attempts),
+            f"{when.astimezone():%Y-%m-%d %H:%M:%S}",
+            "; ".join(note for note in notes if note),
+        )
+    return table
 
 
 def series_table(rows: Sequence[SeriesRow]) -> Table:

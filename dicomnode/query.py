@@ -7,7 +7,8 @@ import numpy as np
 from sqlalchemy import Engine
 
 from dicomnode import store
-from dicomnode.core import align, geometry, opening, region, slicemap
+from dicomnode.core import align, geometry, opening, slicemap
+from dicomnode.core import region as regional
 from dicomnode.core.region import Extent, Region
 from dicomnode.core.robust import Covariance
 from dicomnode.core.slicemap import Line
@@ -145,12 +146,12 @@ class View:
     distance_mm: float | None
 
 
-def view(engine: Engine, series_uid: str, region_key: str) -> View | None:
+def view(engine: Engine, series_uid: str, region: str) -> View | None:
     """Return which slice of a Series to open first for a region; None where it has no curve.
 
     Parameters
     ----------
-    region_key
+    region
         The region's name, in any case, or its SNOMED CT code.
 
     Raises
@@ -163,16 +164,16 @@ def view(engine: Engine, series_uid: str, region_key: str) -> View | None:
         if curve is None:
             return None
         regions = store.regions_of(session, curve.model)
-    wanted = region.lookup(regions, region_key)
+    wanted = regional.lookup(regions, region)
     if wanted is None:
         names = ", ".join(r.name for r in regions) or "none: it was not calibrated"
-        raise RegionError(f"no region {region_key[:64]!a}; bundle {curve.model[:16]} has {names}")
+        raise RegionError(f"no region {region[:64]!a}; bundle {curve.model[:16]} has {names}")
     found = opening.opening(curve.z_mm, curve.height_mm, wanted)
     if found is None:
         return View(series_uid, curve.model, wanted, None, None, None, None, None)
     place = _place(curve, found.index)
     if found.shown is None:
-        shares = region.coverage(curve.z_mm, curve.height_mm, [wanted])
+        shares = regional.coverage(curve.z_mm, curve.height_mm, [wanted])
         share = shares[0][1] if shares else None
         return View(series_uid, curve.model, wanted, None, share, None, place, found.distance_mm)
     shown = found.shown

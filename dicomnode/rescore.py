@@ -18,8 +18,10 @@ from dicomnode import store
 from dicomnode.core import preview
 from dicomnode.core.preprocess import PreprocessSpec
 from dicomnode.errors import StoreUnavailable, WeightsError
+from dicomnode.model import ScoreCurve
 from dicomnode.node import assemble
 from dicomnode.node.align import AlignStage
+from dicomnode.outgoing.asking import Asking
 
 if TYPE_CHECKING:
     from dicomnode.node.score import Scorer
@@ -74,6 +76,7 @@ def run(
     scorer: "Scorer",
     series: Sequence[store.StaleSeries],
     progress: Callable[[int], None] = lambda n: None,
+    asking: Asking | None = None,
 ) -> Summary:
     """Score the Series of a plan, and compute the offsets that follow.
 
@@ -84,14 +87,14 @@ def run(
     """
     summary = Summary()
     for stale in series:
-        pairs = _persist(partial(_rescore, engine, scorer, stale))
+        pairs = _persist(partial(_rescore, engine, scorer, stale, asking))
         if pairs is None:
             summary.changed.append(stale.series_uid)
         else:
             summary.rescored.append(stale.series_uid)
             summary.pairs += pairs
         progress(1)
-    align = AlignStage(engine)
+    align = AlignStage(engine, asking)
     while _persist(align.step):  # those of a node that runs beside too: either may be first
         pass
     return summary
@@ -113,7 +116,9 @@ def _is_same(values: object, spec: PreprocessSpec) -> bool:
         return False
 
 
-def _rescore(engine: Engine, scorer: "Scorer", stale: store.StaleSeries) -> int | None:
+def _rescore(
+    engine: Engine, scorer: "Scorer", stale: store.StaleSeries, asking: Asking | None
+) -> int | None:
     """Give one Series its curve by the scorer's bundle, and return the pairs that now wait."""
     digest = scorer.bundle.digest
     with store.reading(engine) as session:
@@ -129,5 +134,7 @@ def _rescore(engine: Engine, scorer: "Scorer", stale: store.StaleSeries) -> int 
         result = assemble.outcome(session, stale.series_uid, claimed)
         now = datetime.now(UTC)
         pairs = store.finish_series(session, stale.id, result, claimed, kept.evidence, now)
+        if asking is not None and isinstance(result, ScoreCurve):
+            asking.curve_stored(session, stale.series_uid, now)
     logger.info("series rescored", extra={"series_uid": stale.series_uid, "pairs": pairs})
     return pairs

@@ -26,6 +26,8 @@ LAYERS = (
         "store",
         "objects",
         "scp",
+        "scu",
+        "outgoing",
     ),
     ("node",),
     ("query", "files", "backfill", "rescore", "plot", "present", "bpreg", "export"),

@@ -5,6 +5,7 @@ Reads two curves, writes the offset.
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from sqlalchemy import Engine
@@ -15,6 +16,7 @@ from dicomnode.core import align
 from dicomnode.core.robust import Covariance
 from dicomnode.errors import TransientError
 from dicomnode.model import Method, Offset, OffsetStatus, ScoreCurve
+from dicomnode.outgoing.asking import Asking
 
 # Pairs a step: few enough that slices are not kept waiting.
 PAIRS = 50
@@ -26,8 +28,16 @@ logger = logging.getLogger(__name__)
 class AlignStage:
     """Works off pending pairs, oldest first."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        asking: Asking | None = None,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self.engine = engine
+        self.asking = asking
+        self.clock = clock
 
     def step(self) -> int:
         """Store the offsets of some pending pairs, and return how many."""
@@ -41,8 +51,11 @@ class AlignStage:
                 raise
             except Exception:  # one of them: it must not stop the others
                 found = [one for pair in pending for one in _try(session, pair)]
+        now = self.clock()
         with store.writing(self.engine) as session:
-            store.store_offsets(session, found, datetime.now(UTC))
+            store.store_offsets(session, found, now)
+            if self.asking is not None:
+                self.asking.offsets_stored(session, [pair for pair, _, _ in found], now)
         return len(found)
 
 

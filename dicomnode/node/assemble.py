@@ -14,6 +14,7 @@ from dicomnode.audit import Act, AuditLog
 from dicomnode.core import curve
 from dicomnode.errors import TransientError
 from dicomnode.model import Evidence, Reason, Refusal, ScoreCurve
+from dicomnode.outgoing.asking import Asking
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,11 @@ class AssembleStage:
         quiet_seconds: float,
         lost_seconds: float,
         audit: AuditLog | None = None,
+        asking: Asking | None = None,
     ) -> None:
         self.engine = engine
         self.audit = audit or AuditLog(None)
+        self.asking = asking
         self.quiet = timedelta(seconds=quiet_seconds)
         self.lost = timedelta(seconds=lost_seconds)
         self.due: datetime | None = None  # when the next open Series will have been quiet
@@ -83,6 +86,8 @@ class AssembleStage:
             study_uid, associations = store.origin_of(session, series.id)
             result = outcome(session, series.series_uid, claimed)
             pairs = store.finish_series(session, series.id, result, claimed, evidence, now)
+            if self.asking is not None and isinstance(result, ScoreCurve):
+                self.asking.curve_stored(session, series.series_uid, now)
         logger.info(
             "series finished",
             extra={

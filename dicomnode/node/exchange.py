@@ -16,6 +16,8 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
+from dicomnode.node import deliver
+from dicomnode.node.commit import Commitments
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Service(Protocol):
 
 def services_of(settings: Settings, engine: Engine) -> Sequence[Service]:
     """Return the services that the settings ask for."""
-    return ()
+    return [*deliver.services(settings, engine), Commitments(settings, engine)]
 
 
 def run(settings: Settings, stop: threading.Event) -> None:

@@ -21,6 +21,7 @@ from dicomnode.log import Seldom
 from dicomnode.model import RECEIVER_DIGITS
 from dicomnode.scp import access, lane, tls
 from dicomnode.scp.access import Directory, Rejection
+from dicomnode.scp.commitment import handle_event_report, reporting_context
 from dicomnode.scp.connection import shut_down
 from dicomnode.scp.contexts import handle_sop_common, supported_contexts
 from dicomnode.scp.dimse import StoreRequest
@@ -29,6 +30,7 @@ from dicomnode.scp.meta import file_meta
 from dicomnode.scp.pdata import Budget, Limits
 from dicomnode.scp.slots import Slot, Slots
 from dicomnode.spool import Spool
+from dicomnode.spool.reports import Reports
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Receiver:
         self._settings = settings
         self._listening = listening
         self._spool = Spool.of(settings.spool)
+        self._reports = Reports.of(settings.spool)
         self._audit = AuditLog(settings.audit_log)
         self._directory = Directory(peers)
         self._refused = Seldom()
@@ -145,6 +148,7 @@ class Receiver:
                 (evt.EVT_SOP_COMMON, handle_sop_common),
                 (evt.EVT_ESTABLISHED, self._handle_established),
                 (evt.EVT_C_STORE, self._handle_store),
+                (evt.EVT_N_EVENT_REPORT, self._handle_event_report),
             ],
             listening,
             self._directory,
@@ -277,6 +281,12 @@ class Receiver:
         )
         return self._store(event.assoc, as_read, request.DataSet.getbuffer())
 
+    def _handle_event_report(self, event: evt.Event) -> tuple[int, Any]:
+        """Answer what a peer reports of a Storage Commitment that the exchange asked for."""
+        return handle_event_report(
+            event, event.assoc.requestor.ae_title.strip(" "), self._reports.put
+        )
+
     def _count_refused(self, assoc: Association) -> None:
         self._visits[assoc].not_stored()
 
@@ -402,9 +412,10 @@ def handle_store(
 def handle_requested(event: evt.Event) -> None:
     """Say what we accept of the presentation contexts that this requestor proposes."""
     # For this association alone: listing all 170 storage classes costs each one 15 ms.
+    requestor = event.assoc.requestor
     event.assoc.acceptor.supported_contexts = supported_contexts(
-        event.assoc.requestor.requested_contexts
-    )
+        requestor.requested_contexts
+    ) + reporting_context(requestor.role_selection)
 
 
 def handle_conn_open(event: evt.Event) -> None:

@@ -20,6 +20,7 @@ from dicomnode import store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
+from dicomnode.outgoing.asking import Asking
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
 
@@ -66,10 +67,15 @@ class Worker:
         days = settings.keep.previews_days
         self._score = ScoreStage(spool, engine, scorer, issuers, keep_inputs=days > 0)
         self._audit = AuditLog(settings.audit_log)
+        asking = Asking(settings)
         self._assemble = AssembleStage(
-            engine, settings.series.quiet_seconds, settings.series.lost_seconds, self._audit
+            engine,
+            settings.series.quiet_seconds,
+            settings.series.lost_seconds,
+            self._audit,
+            asking,
         )
-        self._align = AlignStage(engine)
+        self._align = AlignStage(engine, asking)
         self._prune = PruneStage(engine, days)
         self._batch = settings.score.batch
         self._assembled_at = self._aligned_at = self._pruned_at = -math.inf

@@ -5,17 +5,20 @@ takes points of the moving Series to points of the fixed one, `x_fixed = M x_mov
 C.20.2.1.1; not what a Deformable Spatial Registration or an ITK transform means).
 """
 
+import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import SpatialRegistrationStorage
 from pydicom.valuerep import format_number_as_ds
 
+from dicomnode.core import slicemap
 from dicomnode.errors import ObjectError
 from dicomnode.model import Offset, OffsetStatus
 from dicomnode.objects import modules
 from dicomnode.objects.modules import Origin
 from dicomnode.objects.source import Source
 
+LO = 64  # characters of such a value (PS3.5 section 6.2)
 SERIES_NUMBER = 9001  # far from those of scanners
 FARTHEST_MM = 5e4  # twice what `admission` lets two slices be apart, and more: a curve was flat
 # Defined terms of Body Part Examined that are no paired structure (PS3.16 Annex L), as CT has them.
@@ -86,7 +89,7 @@ def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) 
     ds.PositionReferenceIndicator = ""
     ds.InstanceNumber = 1
     ds.ContentLabel = _label(offset, axes)
-    ds.ContentDescription = modules.text("ContentDescription", _description(offset, origin))
+    ds.ContentDescription = modules.text("ContentDescription", _description(fixed, moving, offset))
     ds.RegistrationSequence = Sequence(
         [
             _item(fixed, known, [0.0] * 3, _type(FRAME_OF_REFERENCE_IDENTITY if known else None)),
@@ -165,11 +168,18 @@ def _title(moving: Source, offset: Offset, axes: str) -> str:
     return f"dicomnode prealignment{prior}, {' '.join(axes)}{'' if axes[1:] else ' only'}{guess}"
 
 
-def _description(offset: Offset, origin: Origin) -> str:
+def _description(fixed: Source, moving: Source, offset: Offset) -> str:
     assert offset.offset_mm is not None
     sigma = "unknown" if offset.sigma_mm is None else f"{offset.sigma_mm:.1f} mm"
-    model = origin.model[: modules.DIGEST]
-    return f"z {offset.offset_mm:+.1f} mm, sigma {sigma}, {offset.method}, model {model}"
+    told = f"z {offset.offset_mm:+.1f} mm, sigma {sigma}, {offset.method}"
+    if min(len(fixed.z_mm), len(moving.z_mm)) < 2:
+        return told
+    line = slicemap.line(np.array(fixed.z_mm), np.array(moving.z_mm), offset.offset_mm)
+    if line is None:
+        return told
+    # Slice k of the fixed Series lies there in the moving one: each counted from 1, feet to head.
+    with_line = f"{told}, slice {line.intercept:.1f}{line.slope:+.5g}k"
+    return with_line if len(with_line) <= LO else told
 
 
 def _comment(offset: Offset, axes: str) -> str:

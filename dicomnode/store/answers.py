@@ -156,3 +156,26 @@ def manifest_of(session: Session, model: str) -> dict[str, Any]:
 
 def _heights(manifest: dict[str, Any]) -> HeightMap:
     return HeightMap(**manifest["heights"])
+
+
+def studies_of(session: Session, series_uids: Iterable[str]) -> dict[str, str]:
+    """Return Series Instance UID -> Study Instance UID, of those the node knows."""
+    rows = session.execute(
+        select(schema.Series.series_uid, schema.Series.study_uid).where(
+            schema.Series.series_uid.in_(list(series_uids))
+        )
+    )
+    return {series_uid: study_uid for series_uid, study_uid in rows}
+
+
+def is_growing(session: Session, study_uids: Iterable[str]) -> bool:
+    """Whether a Series of these Studies is still arriving."""
+    query = (
+        select(schema.Series.id)
+        .where(
+            schema.Series.study_uid.in_(list(study_uids)),
+            schema.Series.state == SeriesState.OPEN,
+        )
+        .limit(1)
+    )
+    return session.scalar(query) is not None

@@ -57,7 +57,7 @@ def arrivals_since(session: Session, since: datetime) -> dict[SeriesState, tuple
     return {SeriesState(state): (count, int(received)) for state, count, received in rows}
 
 
-def count_deliveries(session: Session) -> dict[DeliveryState, int]:
+def count_undelivered(session: Session) -> dict[DeliveryState, int]:
     """Return state -> deliveries that wait for somebody or something; not those that are done."""
     waiting = [DeliveryState.WAITING, DeliveryState.FAILED]
     rows = session.execute(

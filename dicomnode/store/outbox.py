@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
-from dicomnode.model import DeliveryKind, DeliveryState
+from dicomnode.model import Commitment, DeliveryKind, DeliveryState
 from dicomnode.store.session import insert
 
 
@@ -39,7 +40,19 @@ class Delivery:
     sop_class_uid: str | None
     sop_instance_uid: str | None
     transaction_uid: str | None
-    commitment: str | None
+    commitment: Commitment | None
+    commitment_attempts: int
+
+
+# Of an ask that was not served yet. What was sent last stays known by its UID.
+_NOT_SENT: dict[str, Any] = {
+    "reason": None,
+    "done_at": None,
+    "transaction_uid": None,
+    "commitment": None,
+    "commitment_due_at": None,
+    "commitment_attempts": 0,
+}
 
 
 def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at: datetime) -> None:
@@ -60,12 +73,12 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
             "asked_at": now,
             "due_at": due_at,
         }
-        anew = {k: values[k] for k in ("state", "attempts", "asked_at", "due_at")}
+        anew = {k: values[k] for k in ("state", "attempts", "asked_at", "due_at")} | _NOT_SENT
         statement = insert(session, schema.Delivery).values(values)
         session.execute(
             statement.on_conflict_do_update(
                 index_elements=["kind", "destination", "rule", "subject", "other"],
-                set_={**anew, "version": schema.Delivery.version + 1, "reason": None},
+                set_={**anew, "version": schema.Delivery.version + 1},
             )
         )
 
@@ -98,11 +111,23 @@ def claim_deliveries(
     if session.get_bind().dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
     rows = session.scalars(query).all()
-    taken = [_delivery(row) for row in rows]
+    taken = [delivery_of(row) for row in rows]
     for row in rows:
         row.due_at = now + lease
         row.attempts += 1
     return taken
+
+
+def hold_deliveries(session: Session, deliveries: Sequence[Delivery], due_at: datetime) -> None:
+    """Keep what was taken hidden from others for longer; what was asked for anew is not ours."""
+    session.execute(
+        update(schema.Delivery)
+        .where(
+            any_of(deliveries),
+            schema.Delivery.state == DeliveryState.WAITING,
+        )
+        .values(due_at=due_at)
+    )
 
 
 def settle_delivery(
@@ -112,25 +137,34 @@ def settle_delivery(
     now: datetime,
     *,
     due_at: datetime | None = None,
+    attempts: int | None = None,
+    commitment_due_at: datetime | None = None,
     reason: str | None = None,
     sop_class_uid: str | None = None,
     sop_instance_uid: str | None = None,
 ) -> bool:
     """Note how an attempt went; False where it was asked for anew meanwhile, and waits for that.
 
-    `due_at` is the time of the next attempt, where the state is `WAITING`.
+    `due_at` is the time of the next attempt, where the state is `WAITING`; `attempts` sets their
+    number back, where this was none. `commitment_due_at` is when the peer is to be asked for its
+    commitment, None where it is not.
     """
     values = {
+        **_NOT_SENT,
         "state": state,
         "reason": reason,
         "due_at": due_at or now,
         "done_at": now if state is DeliveryState.DONE else None,
     }
+    if attempts is not None:
+        values["attempts"] = attempts
+    if commitment_due_at is not None:
+        values |= {"commitment": Commitment.WANTED, "commitment_due_at": commitment_due_at}
     if sop_instance_uid is not None:
         values |= {"sop_class_uid": sop_class_uid, "sop_instance_uid": sop_instance_uid}
     found = session.execute(
         update(schema.Delivery)
-        .where(schema.Delivery.id == delivery.id, schema.Delivery.version == delivery.version)
+        .where(any_of([delivery]))
         .values(values)
         .returning(schema.Delivery.id)
     )
@@ -157,10 +191,10 @@ def list_deliveries(
             query = query.where(column == value)
     if before is not None:
         query = query.where(schema.Delivery.id < before)
-    return [_delivery(row) for row in session.scalars(query)]
+    return [delivery_of(row) for row in session.scalars(query)]
 
 
-def next_delivery_at(session: Session) -> datetime | None:
+def next_delivery_at(session: Session, destination: str | None = None) -> datetime | None:
     """Return when the next delivery is due, None where none waits."""
     query = (
         select(schema.Delivery.due_at)
@@ -168,10 +202,94 @@ def next_delivery_at(session: Session) -> datetime | None:
         .order_by(schema.Delivery.due_at)
         .limit(1)
     )
+    if destination is not None:
+        query = query.where(schema.Delivery.destination == destination)
     return session.scalar(query)
 
 
-def _delivery(row: schema.Delivery) -> Delivery:
+def waiting_for(session: Session) -> set[tuple[DeliveryKind, str, str]]:
+    """Return (kind, destination, rule) of all that waits."""
+    columns = schema.Delivery.kind, schema.Delivery.destination, schema.Delivery.rule
+    rows = session.execute(
+        select(*columns).where(schema.Delivery.state == DeliveryState.WAITING).distinct()
+    )
+    return {(DeliveryKind(kind), destination, rule) for kind, destination, rule in rows}
+
+
+def fail_deliveries(
+    session: Session,
+    destination: str,
+    now: datetime,
+    reason: str,
+    *,
+    kind: DeliveryKind | None = None,
+    rule: str | None = None,
+    asked_before: datetime | None = None,
+) -> int:
+    """Give up what waits for a destination, or some of it, and return how many that were."""
+    statement = update(schema.Delivery).where(
+        schema.Delivery.state == DeliveryState.WAITING,
+        schema.Delivery.destination == destination,
+    )
+    if kind is not None:
+        statement = statement.where(schema.Delivery.kind == kind)
+    if rule is not None:
+        statement = statement.where(schema.Delivery.rule == rule)
+    if asked_before is not None:
+        statement = statement.where(schema.Delivery.asked_at <= asked_before)
+    failed = statement.values(state=DeliveryState.FAILED, reason=reason, due_at=now)
+    return len(session.scalars(failed.returning(schema.Delivery.id)).all())
+
+
+def requeue_deliveries(
+    session: Session, now: datetime, ids: Sequence[int] | None = None
+) -> list[int]:
+    """Ask anew for deliveries, whatever became of them; for all that failed where none is named.
+
+    Returns
+    -------
+    list of int
+        Those that are there, and wait now.
+    """
+    chosen = (
+        schema.Delivery.state == DeliveryState.FAILED
+        if ids is None
+        else schema.Delivery.id.in_(ids)
+    )
+    statement = (
+        update(schema.Delivery)
+        .where(chosen)
+        .values(
+            **_NOT_SENT,
+            state=DeliveryState.WAITING,
+            attempts=0,
+            asked_at=now,
+            due_at=now,
+            version=schema.Delivery.version + 1,
+        )
+    )
+    return sorted(session.scalars(statement.returning(schema.Delivery.id)))
+
+
+def count_deliveries(session: Session) -> dict[DeliveryState, int]:
+    """Return state -> deliveries."""
+    rows = session.execute(
+        select(schema.Delivery.state, func.count()).group_by(schema.Delivery.state)
+    )
+    return {DeliveryState(state): count for state, count in rows}
+
+
+def any_of(deliveries: Sequence[Delivery]) -> Any:
+    """Those deliveries, as they were asked for when they were taken."""
+    return or_(
+        *(
+            and_(schema.Delivery.id == d.id, schema.Delivery.version == d.version)
+            for d in deliveries
+        )
+    )
+
+
+def delivery_of(row: schema.Delivery) -> Delivery:
     return Delivery(
         id=row.id,
         what=Ask(DeliveryKind(row.kind), row.destination, row.subject, row.other, row.rule),
@@ -185,5 +303,6 @@ def _delivery(row: schema.Delivery) -> Delivery:
         sop_class_uid=row.sop_class_uid,
         sop_instance_uid=row.sop_instance_uid,
         transaction_uid=row.transaction_uid,
-        commitment=row.commitment,
+        commitment=Commitment(row.commitment) if row.commitment else None,
+        commitment_attempts=row.commitment_attempts,
     )

@@ -1,11 +1,10 @@
 """What goes out, and how that went: for those who look after the node."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from dicomnode import store
+from dicomnode import present, store
 from dicomnode.model import DeliveryState
 from dicomnode.web.access import Admin
 from dicomnode.web.answer import API, UID, Before, Limit, plain, problems
@@ -40,10 +39,5 @@ def deliveries(
             before=before,
             limit=limit + 1,
         )
-    found = [_delivery(row) for row in rows[:limit]]
+    found = [Delivery.model_validate(present.delivery_json(row)) for row in rows[:limit]]
     return plain(DeliveryPage(deliveries=found, next=rows[limit - 1].id if rows[limit:] else None))
-
-
-def _delivery(row: store.Delivery) -> Delivery:
-    values = asdict(row)
-    return Delivery.model_validate(values | values.pop("what"))

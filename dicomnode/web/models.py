@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dicomnode.core.region import Extent
 from dicomnode.model import (
+    Commitment,
     DeliveryKind,
     DeliveryState,
     Evidence,
@@ -292,18 +293,18 @@ class Delivery(_Answer):
     id: int
     kind: DeliveryKind
     destination: str = Field(examples=["PACS"], description="AE title, or URL.")
-    rule: str = Field(examples=[""])
+    rule: str | None = Field(description="Which rule asked for it; null: none.")
     subject: str = Field(examples=[FIXED], description="UID of a Series, or of the fixed Study.")
-    other: str = Field(examples=[MOVING], description="UID of the moving Study; empty: no pair.")
+    other: str | None = Field(examples=[MOVING], description="Of a pair, UID of the moving Study.")
     state: DeliveryState
-    attempts: int
-    asked_at: datetime
-    due_at: datetime
-    done_at: datetime | None
     reason: str | None = Field(description="Of the last failure.")
-    sop_class_uid: str | None
-    sop_instance_uid: str | None
-    commitment: str | None
+    attempts: int
+    version: int = Field(examples=[1], description="How often it was asked for.")
+    asked_at: datetime
+    due_at: datetime | None = Field(description="Of the next attempt, while it waits.")
+    done_at: datetime | None
+    sop_instance_uid: str | None = Field(description="Of the object that was sent last.")
+    commitment: Commitment | None
 
 
 class DeliveryPage(_Answer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -20,6 +21,7 @@ import SimpleITK
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydicom.uid import EnhancedCTImageStorage
 
 from dicomnode import backfill, dicomio, weights
 from dicomnode.cli import main
@@ -32,8 +34,9 @@ from dicomnode.objects.coverage_report import coverage_report
 from dicomnode.objects.registration import registration
 from dicomnode.objects.source import Instance, Source
 from tests import iod
+from tests.dicom import enhanced_ct
 from tests.integration.test_files import FOLLOW_UP, PRIOR, SHIFT_MM, follow_up, prior, write
-from tests.integration.test_stages import COVARIANCE, brightness_bundle
+from tests.integration.test_stages import COVARIANCE, brightness_bundle, ct_slice
 from tests.unit.test_coverage_report import HEIGHTS, REGIONS, straight
 from tests.unit.test_spatial_registration import FIXED, MOVING, ORIGIN, XYZ, Z_ONLY
 from tests.unit.test_spatial_registration import source as made_source
@@ -406,16 +409,30 @@ def test_score_writes_a_report_a_series(archive, bundle_folder, tmp_path):
 @pytest.fixture
 def node(archive, bundle_folder, tmp_path) -> Path:
     """The settings file of a node that has the archive in its database."""
+    return fed(tmp_path, bundle_folder)
+
+
+def fed(folder: Path, bundle_folder: Path) -> Path:
+    """Import the archive of a folder, and return the settings file of that node."""
     values: dict[str, Any] = {
-        "spool": {"path": tmp_path / "spool", "reserve_bytes": 0},
-        "database": {"url": f"sqlite:///{tmp_path / 'node.sqlite'}"},
+        "spool": {"path": folder / "spool", "reserve_bytes": 0},
+        "database": {"url": f"sqlite:///{folder / 'node.sqlite'}"},
         "score": {"model": bundle_folder, "device": "cpu", "batch": 8},
         "series": {"quiet_seconds": 0},
     }
-    assert backfill.run([archive], Settings(**values)).curves == 2
-    config = tmp_path / "node.toml"
+    assert backfill.run([folder / "archive"], Settings(**values)).curves == 2
+    config = folder / "node.toml"
     config.write_text(f'[database]\nurl = "{values["database"]["url"]}"\n')
     return config
+
+
+def assert_is_of(ds: pydicom.Dataset, image: pydicom.Dataset) -> None:
+    """Check that an object says of patient and Study what an image of it says."""
+    for keyword in (
+        "PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "StudyDate",
+        "StudyTime", "ReferringPhysicianName", "StudyDescription", "StudyInstanceUID",
+    ):  # fmt: skip
+        assert ds[keyword].value == image[keyword].value != "", keyword
 
 
 def test_offset_writes_a_registration_of_what_the_node_knows(node, tmp_path):
@@ -423,11 +440,15 @@ def test_offset_writes_a_registration_of_what_the_node_knows(node, tmp_path):
     result = call(*command, "--registration", tmp_path / "reg.dcm")
     assert result.exit_code == 0, result.output
     ds = assert_registers(tmp_path / "reg.dcm")
-    assert (ds.PatientID, ds.StudyDate, ds.StudyTime) == ("CANARY-ID", "20260301", "081500")
+    assert_is_of(ds, ct_slice(FOLLOW_UP, 0, StudyDate="20260301"))
     assert ds.BodyPartExamined == "CHEST"
-    # It keeps no more of the patient, and says so.
-    assert ds.PatientName == "" and ds.AccessionNumber == ""
-    assert "PatientName" in result.stderr and "AccessionNumber" in result.stderr
+    # Slices of both are 5 mm apart: the first of the follow-up is the fifth of the prior.
+    assert re.search(r", robust, slice [345]\.\d\+1k$", ds.ContentDescription)
+    # The images have no Study ID, and the command says so; of the patient it says nothing.
+    assert "StudyID" in result.stderr and "PatientName" not in result.stderr
+    assert "CANARY" not in result.output
+    images = (tmp_path / "archive").rglob("*")
+    assert dcentvfy([*(f for f in images if f.is_file()), tmp_path / "reg.dcm"]) == []
     again = call(*command, "--registration", tmp_path / "again.dcm")
     assert again.exit_code == 0
     assert (tmp_path / "again.dcm").read_bytes() == (tmp_path / "reg.dcm").read_bytes()
@@ -446,7 +467,8 @@ def test_curve_writes_a_report_of_what_the_node_knows(node, tmp_path):
     assert result.exit_code == 0, result.output
     assert dciodvfy(tmp_path / "sr.dcm") == []
     ds = pydicom.dcmread(tmp_path / "sr.dcm")
-    assert ds.PatientID == "CANARY-ID" and ds.PatientName == ""
+    assert_is_of(ds, ct_slice(PRIOR, 0, StudyDate="20250301"))
+    assert "CANARY" not in result.output
     assert iod.referenced(ds) <= {f"{PRIOR}.{k + 1}" for k in range(12)}
     assert "Pelvis" in str(ds) and "Chest" in str(ds)
 
@@ -456,13 +478,124 @@ def test_a_curve_of_frames_whose_sop_class_was_not_kept_makes_no_object(node, tm
         query = """SELECT series.id, instances FROM curve JOIN series ON series.id = series_id
                    WHERE series_uid = ?"""
         series_id, packed = connection.execute(query, [PRIOR]).fetchone()
-        frames = [[uid, 2, i] for uid, _, i in json.loads(zlib.decompress(packed))]
+        frames = [[uid, 2, i] for uid, _, i, _ in json.loads(zlib.decompress(packed))]
         packed = zlib.compress(json.dumps(frames).encode())
-        update = "UPDATE curve SET instances = ? WHERE series_id = ?"
+        update = "UPDATE curve SET instances = ?, sop_classes = NULL WHERE series_id = ?"
         connection.execute(update, [packed, series_id])
     result = call("curve", PRIOR, "--config", node, "--report", tmp_path / "sr.dcm")
     assert result.exit_code == 1 and "SOP Class" in result.stderr
     assert not (tmp_path / "sr.dcm").exists()
+
+
+def test_objects_of_frames_are_made_from_the_database(bundle_folder, tmp_path):
+    one = enhanced_ct(follow_up())
+    write(tmp_path / "archive" / "prior", *prior())
+    write(tmp_path / "archive" / "follow-up", one)
+    config = fed(tmp_path, bundle_folder)
+    study = one.StudyInstanceUID
+    command = ["offset", study, f"{PRIOR}.0", "--config", config]
+    result = call(*command, "--registration", tmp_path / "reg.dcm", "--json")
+    assert result.exit_code == 0, result.output
+    assert dciodvfy(tmp_path / "reg.dcm") == []
+    ds = pydicom.dcmread(tmp_path / "reg.dcm")
+    assert iod.faults(ds) == []
+    assert iod.common_instance_reference(ds) == {
+        (study, FOLLOW_UP): [one.SOPInstanceUID],
+        (f"{PRIOR}.0", PRIOR): [f"{PRIOR}.{k + 1}" for k in range(12)],
+    }
+    (referenced,) = ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert referenced.ReferencedSOPClassUID == EnhancedCTImageStorage
+    moved = iod.registered(ds, f"{PRIOR}.1", (0, 0, 0))
+    assert moved[2] == pytest.approx(json.loads(result.stdout)["offset_mm"])
+    assert moved[2] == pytest.approx(SHIFT_MM, abs=1.5)
+    result = call("curve", FOLLOW_UP, "--config", config, "--report", tmp_path / "sr.dcm")
+    assert result.exit_code == 0, result.output
+    assert dciodvfy(tmp_path / "sr.dcm") == []
+    assert iod.referenced(pydicom.dcmread(tmp_path / "sr.dcm")) == {one.SOPInstanceUID}
+    found = json.loads(call("view", FOLLOW_UP, "chest", "--config", config, "--json").stdout)
+    # The chest of this bundle is between 37.5 and 87.5 mm; frame k is at 5 (k + 3).
+    assert found["slice"]["sop_instance_uid"] == one.SOPInstanceUID
+    assert found["slice"]["frame"] in (9, 10) and found["extent"] == "complete"
+
+
+# What a viewer asks
+
+
+def test_view_tells_the_slice_to_open_first(node):
+    result = call("view", PRIOR, "Pelvis", "--config", node, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["region"] == "pelvis" and found["nearest"] is None
+    assert found["slice"] == {
+        "sop_instance_uid": f"{PRIOR}.{found['slice']['index'] + 1}",
+        "frame": 1,
+        "index": found["slice"]["index"],
+        "z_mm": 5.0 * found["slice"]["index"],
+        "height_mm": pytest.approx(5 * found["slice"]["index"], abs=1),
+    }
+    assert found["slice"]["index"] in (4, 5)  # of -2.5 to 47.5 mm, of which 0 to 45 are shown
+    by_code = call("view", PRIOR, "816092008", "--config", node)
+    assert by_code.exit_code == 0 and found["slice"]["sop_instance_uid"] in by_code.stdout
+
+
+def test_view_of_a_region_not_shown_tells_the_nearest_slice(node, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "node.sqlite")) as connection, connection:
+        ((digest, text),) = connection.execute("SELECT digest, manifest FROM model").fetchall()
+        manifest = json.loads(text)
+        far = Region("head", "69536005", "Head", at(500.0), at(700.0))
+        manifest["regions"].append(far.to_dict())
+        query = "UPDATE model SET manifest = ? WHERE digest = ?"
+        connection.execute(query, [json.dumps(manifest), digest])
+    result = call("view", PRIOR, "head", "--config", node, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["slice"] is None and found["extent"] is None and found["fraction"] == 0
+    assert found["nearest"]["sop_instance_uid"] == f"{PRIOR}.12"
+    assert found["distance_mm"] == pytest.approx(445, abs=2)
+    told = call("view", PRIOR, "head", "--config", node)
+    assert told.exit_code == 1 and told.stdout == ""
+    assert "not shown" in told.stderr and "towards the head" in told.stderr
+
+
+def test_view_says_what_it_does_not_know(node):
+    result = call("view", PRIOR, "knee", "--config", node)
+    assert result.exit_code == 1 and "pelvis, chest" in result.stderr
+    assert call("view", "9.9", "chest", "--config", node).exit_code == 1
+
+
+def test_slices_pairs_each_fixed_slice_with_the_moving_one(node):
+    studies = f"{FOLLOW_UP}.0", f"{PRIOR}.0"
+    result = call("slices", *studies, "--config", node, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    offset_mm = found["offset"]["offset_mm"]
+    assert offset_mm == pytest.approx(SHIFT_MM, abs=1.5)
+    # Levels 4 to 19 of the follow-up; the prior has 0 to 11.
+    pairs = {m["fixed"]["sop_instance_uid"]: m["moving"] for m in found["slices"]}
+    assert list(pairs) == [f"{FOLLOW_UP}.{level + 1}" for level in range(4, 20)]
+    for level in range(4, 12):
+        assert pairs[f"{FOLLOW_UP}.{level + 1}"]["sop_instance_uid"] == f"{PRIOR}.{level + 1}"
+    assert all(pairs[f"{FOLLOW_UP}.{level + 1}"] is None for level in range(12, 20))
+    first = found["slices"][0]
+    expected = first["moving"]["z_mm"] + offset_mm - first["fixed"]["z_mm"]
+    assert first["distance_mm"] == pytest.approx(expected, abs=1e-3)
+    line = found["line"]
+    assert line["slope"] == pytest.approx(1) and line["intercept"] == pytest.approx(4, abs=0.3)
+    table = call("slices", *studies, "--config", node)
+    assert table.exit_code == 0 and len(table.stdout.splitlines()) == 17
+    # The other way round, computed for the question.
+    swapped = json.loads(call("slices", *studies[::-1], "--config", node, "--json").stdout)
+    assert swapped["slices"][4]["moving"]["sop_instance_uid"] == f"{FOLLOW_UP}.5"
+
+
+def test_slices_of_no_pair_or_of_a_refused_one_is_nothing(node, tmp_path):
+    studies = f"{FOLLOW_UP}.0", f"{PRIOR}.0"
+    assert call("slices", studies[0], "9.9", "--config", node).exit_code == 1
+    with closing(sqlite3.connect(tmp_path / "node.sqlite")) as connection, connection:
+        connection.execute("UPDATE offset SET status = 'refused', reason = 'for the test'")
+    result = call("slices", *studies, "--config", node, "--json")
+    assert result.exit_code == 1 and "refused: for the test" in result.stderr
+    assert json.loads(result.stdout)["slices"] == []
 
 
 # A real pair

@@ -87,14 +87,17 @@ def test_everything_over_rest_is_what_the_command_line_says(http, page, node):
     assert timeline["pairs"][0]["offset_mm"] == pytest.approx(served.SHIFT_MM, abs=1.0)
 
 
-def test_no_member_of_an_answer_gets_lost(http, node):
+def test_no_member_of_an_answer_gets_lost(http, page, node):
     """What the command line prints and the models do not know would be dropped in silence."""
     (row,) = _rows(node, FIXED_SERIES)
     assert set(get(http, f"/series/{FIXED_SERIES}")) == {*present.series_json(row), "patient_key"}
     (match, *_) = get(http, "/coverage", q="covers(liver, 0.5)")["series"]
     with store.reading(node) as session:
-        (known,) = store.matches(session, [row_id for row_id in [store.newest_id(session)]])
+        (known,) = store.matches(session, [store.newest_id(session)])
     assert set(match) == {*present.match_json(known), "patient_key"}
+    with page.http("admin") as admin, store.reading(node) as session:
+        (delivery,) = get(admin, "/deliveries", limit=1)["deliveries"]
+        assert set(delivery) == set(present.delivery_json(store.list_deliveries(session)[0]))
 
 
 def test_series_are_found_by_what_is_asked_and_page_by_page(http):

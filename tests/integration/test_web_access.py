@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2 as httpx
+import psycopg
 import pytest
 import trustme
+from psycopg import sql
+from sqlalchemy import make_url
 
 from db import engine as engines
 from dicomnode import checks, config, export
@@ -24,6 +27,7 @@ from dicomnode.spool import Spool
 from dicomnode.web import access, bounds, database, docs, protocol, run
 from dicomnode.web.tokens import Holder, Role, add, line_of
 from tests import served
+from tests.conftest import postgres_database
 from tests.dicom import PATIENT_ID, leaks
 from tests.served import FIXED_SERIES, Page
 
@@ -368,6 +372,29 @@ def test_a_database_that_is_away_is_told_and_comes_back(tmp_path):
         served.make(f"sqlite:///{path}")
         eventually(lambda: http.get(SERIES_PAGE).status_code == 200)
         eventually(lambda: http.get("/readyz").json()["checks"]["database"] is True)
+
+
+def test_postgres_goes_away_and_comes_back(postgres_url, tmp_path):
+    with postgres_database(postgres_url) as url:
+        served.make(url)
+        name = make_url(url).database
+        with served.page(tmp_path, url) as page, page.http() as http:
+            assert http.get(SERIES_PAGE).status_code == 200
+            with psycopg.connect(postgres_url, autocommit=True) as server:
+                allowed = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+                named = sql.Identifier(name)
+                server.execute(allowed.format(named, sql.SQL("false")))
+                server.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+                    [name],
+                )
+                for path in (SERIES_PAGE, f"{API}/coverage?q=slices>1&format=csv"):
+                    answer = http.get(path)
+                    assert answer.status_code == 503
+                    assert answer.json()["detail"] == "the database does not answer"
+                eventually(lambda: not http.get("/readyz").json()["checks"]["database"])
+                server.execute(allowed.format(named, sql.SQL("true")))
+            eventually(lambda: http.get(SERIES_PAGE).status_code == 200)
 
 
 def test_readiness_is_that_of_database_spool_and_worker(database_url, tmp_path):

@@ -1,3 +1,4 @@
+import re
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import UID
 
-from dicomnode.core import admission
+from dicomnode.core import admission, slicemap
 from dicomnode.errors import ObjectError
 from dicomnode.model import Method, Offset, OffsetStatus
 from dicomnode.objects import modules, transform
@@ -127,18 +128,72 @@ def test_label_title_and_comment_tell_axes_and_status(dx, dy, status, label, tit
     assert moved.FrameOfReferenceTransformationComment == comment
 
 
-def test_the_description_tells_offset_sigma_method_and_bundle():
+def test_the_description_tells_offset_sigma_and_method():
     robust = registration(FIXED, MOVING, XYZ, ORIGIN)
-    assert robust.ContentDescription == "z +33.1 mm, sigma 4.2 mm, robust, model 0123456789abcdef"
+    assert robust.ContentDescription == "z +33.1 mm, sigma 4.2 mm, robust"
     l1 = registration(FIXED, MOVING, Z_ONLY, ORIGIN)
-    assert l1.ContentDescription == "z -211.2 mm, sigma unknown, l1, model 0123456789abcdef"
+    assert l1.ContentDescription == "z -211.2 mm, sigma unknown, l1"
     assert list(l1.SoftwareVersions)[1] == "compact-0.2 0123456789abcdef"
+
+
+def placed(side: Source, z_mm: np.ndarray) -> Source:
+    """Return the Series with slices at these positions."""
+    instances = tuple(Instance(admission.CT_IMAGE, f"{side.series_uid}.{k + 1}")
+                      for k in range(len(z_mm)))  # fmt: skip
+    return replace(side, instances=instances, z_mm=tuple(z_mm.tolist()))
+
+
+def test_the_description_has_the_slice_map_as_a_line():
+    # z_fixed = z_moving + 33.125: fixed slice 1, at 40, is where the moving Series has 6.875.
+    fixed = placed(FIXED, 40 + 2.5 * np.arange(100))
+    moving = placed(MOVING, -3.125 + 5.0 * np.arange(60))
+    ds = written(registration(fixed, moving, XYZ, ORIGIN))
+    assert ds.ContentDescription == "z +33.1 mm, sigma 4.2 mm, robust, slice 2.5+0.5k"
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    fixed_mm=st.floats(0.4, 10), moving_mm=st.floats(0.4, 10), start=st.floats(-1500, 1500),
+    counts=st.tuples(st.integers(8, 900), st.integers(8, 900)), dz=st.floats(-2000, 2000),
+)  # fmt: skip
+def test_a_reader_finds_the_slice_by_the_description(fixed_mm, moving_mm, start, counts, dz):
+    fixed = placed(FIXED, start + fixed_mm * np.arange(counts[0]))
+    moving = placed(MOVING, moving_mm * np.arange(counts[1]))
+    ds = registration(fixed, moving, replace(XYZ, offset_mm=dz), ORIGIN)
+    assert len(ds.ContentDescription) <= 64
+    found = re.search(r", slice (-?[\d.]+)([+-][\d.e+-]+)k$", ds.ContentDescription)
+    if found is None:  # there was no room
+        assert max(abs(dz), abs(start)) > 99
+        return
+    k = np.arange(1, counts[0] + 1)
+    told = float(found[1]) + float(found[2]) * k
+    nearest = slicemap.slice_map(np.array(fixed.z_mm), np.array(moving.z_mm), dz)
+    at = nearest.index != slicemap.NONE
+    # The digits of the line are good to half a slice, and so is the nearest slice.
+    slope = fixed_mm / moving_mm
+    away = 0.06 + 5e-5 * slope * counts[0]
+    half = max(0.5, slope / 2) + 0.05 / moving_mm
+    assert (np.abs(told[at] - (nearest.index[at] + 1)) <= half + away).all()
+    listed = [
+        i.ReferencedSOPInstanceUID for i in ds.RegistrationSequence[1].ReferencedImageSequence
+    ]
+    assert listed == [i.sop_instance_uid for i in moving.instances]  # what is counted
+
+
+def test_of_uneven_slices_the_description_has_no_line():
+    uneven = np.concatenate([np.arange(0, 100, 5.0), np.arange(100, 400, 1.0)])
+    ds = registration(placed(FIXED, uneven), placed(MOVING, np.arange(0, 300, 5.0)), XYZ, ORIGIN)
+    assert ds.ContentDescription == "z +33.1 mm, sigma 4.2 mm, robust"
 
 
 def test_the_longest_description_is_not_cut():
     longest = module.FARTHEST_MM
-    ds = registration(FIXED, MOVING, replace(XYZ, offset_mm=-longest, sigma_mm=longest), ORIGIN)
-    assert ds.ContentDescription.endswith("robust, model 0123456789abcdef")
+    sides = (
+        placed(FIXED, 1e4 + 5.003 * np.arange(9)),
+        placed(MOVING, -1e4 + 0.00417 * np.arange(900)),
+    )
+    ds = registration(*sides, replace(XYZ, offset_mm=-longest, sigma_mm=longest), ORIGIN)
+    assert ds.ContentDescription == "z -50000.0 mm, sigma 50000.0 mm, robust"
 
 
 def test_types_of_registration_are_those_of_cid_7100():
@@ -172,6 +227,21 @@ def test_every_image_is_listed_once_under_its_study_and_series(same_study):
     assert ("StudiesContainingOtherReferencedInstancesSequence" in ds) is not same_study
     listed = iod.common_instance_reference(ds).values()
     assert iod.referenced(ds) == {uid for uids in listed for uid in uids}
+
+
+def test_the_checks_of_our_own_see_what_they_are_for():
+    ds = written(registration(FIXED, MOVING, XYZ, ORIGIN))
+    del ds.ReferencedSeriesSequence[0].ReferencedInstanceSequence[3]
+    listed = {uid for uids in iod.common_instance_reference(ds).values() for uid in uids}
+    assert iod.referenced(ds) - listed == {FIXED.instances[3].sop_instance_uid}
+    del ds.StudiesContainingOtherReferencedInstancesSequence
+    assert list(iod.common_instance_reference(ds)) == [(FIXED.study_uid, FIXED.series_uid)]
+    # The opposite direction, as a Deformable Spatial Registration has it.
+    (matrix,) = ds.RegistrationSequence[1].MatrixRegistrationSequence[0].MatrixSequence
+    inverse = np.linalg.inv(np.array(matrix.FrameOfReferenceTransformationMatrix).reshape(4, 4))
+    matrix.FrameOfReferenceTransformationMatrix = inverse.ravel().tolist()
+    found = iod.registered(ds, MOVING.instances[0].sop_instance_uid, (10.0, -20.0, 300.0))
+    np.testing.assert_allclose(found, [17.5, -32.25, 266.875])
 
 
 def test_a_frame_of_reference_that_a_scanner_reuses_is_named_for_one_side_only():

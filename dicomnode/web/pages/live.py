@@ -71,7 +71,7 @@ def _values(request: Request, part: Part) -> dict[str, Any]:
     with store.reading(part.engine) as session:
         rows = store.newest_series(session, ROWS)
         today = store.arrivals_since(session, since.astimezone(UTC))
-        deliveries = store.count_deliveries(session)
+        deliveries = store.count_undelivered(session)
         quarantined = sum(store.count_quarantined(session).values())
     checks = request.app.state.readiness.of(part).checks
     return {
