@@ -26,7 +26,8 @@ def middle(stack: Grey) -> Grey:
     """
     half = stack.shape[1] // 2
     pair = stack[:, half - 1 : half + 1].astype(np.uint16)
-    return (pair.sum(axis=1) // 2).astype(np.uint8)
+    lines: Grey = (pair.sum(axis=1) // 2).astype(np.uint8)
+    return lines
 
 
 def strip(lines: Grey, z_mm: Floats, low_mm: float, high_mm: float, pixel_mm: float) -> Grey:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 LOOK_MS = 10_000
@@ -49,8 +49,12 @@ class Watched:
         page.on("request", lambda request: found.addresses.append(request.url))
         page.on("console", lambda m: m.type in ("error", "warning") and found.complain(m.text))
         page.on("pageerror", lambda error: found.complain(str(error)))
-        page.on("requestfailed", lambda r: found.complain(f"failed: {r.url} {r.failure}"))
+        page.on("requestfailed", found._failed)
         return found
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # which is to have gone to another page
+            self.complain(f"failed: {request.url} {request.failure}")
 
     def complain(self, text: str) -> None:
         """Note what was wrong."""
@@ -59,11 +63,18 @@ class Watched:
     def ready(self) -> None:
         """Wait until a figure was drawn and its slices are there."""
         self.page.wait_for_selector("body[data-ready]")
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('img:not([hidden])')]"
-            ".every(i => i.complete && i.naturalWidth)"
+        self.page.evaluate(
+            "Promise.all([...document.images].filter(i => !i.hidden).map(i => i.decode()))"
         )
 
     def save(self, path: Path, *, full: bool = True) -> None:
         """Write what it shows as a PNG."""
         self.page.screenshot(path=path, full_page=full, animations="disabled")
+
+
+def sign_in(tab: Watched, token: str) -> None:
+    """Sign in by the form."""
+    tab.page.goto("/sign-in")
+    tab.page.fill("#token", token)
+    tab.page.click("main button")
+    tab.page.wait_for_selector("#series")

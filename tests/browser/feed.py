@@ -68,6 +68,7 @@ def settings(folder: Path) -> Settings:
         spool={"path": folder / "spool", "reserve_bytes": 0},
         database={"url": f"sqlite:///{folder / 'node.sqlite'}"},
         score={"device": "cpu"},
+        series={"quiet_seconds": 0.5},
     )
 
 

@@ -31,11 +31,13 @@ function stack(image, curve) {
     }
     wanted = null;
     const address = `${curve.slices}${k}.png?r=${curve.revision}`;
-    if (image.getAttribute("src") === address) return;
     busy = true;
-    image.onload = image.onerror = next;
+    image.onload = () => {
+      image.dataset.slice = k;
+      next();
+    };
+    image.onerror = next;
     image.src = address;
-    image.dataset.slice = k;
   };
   return show;
 }
