@@ -55,7 +55,7 @@ def fill(engine: Engine) -> None:
     stack(engine, OPEN_SERIES, OTHER, OTHER_PATIENT, None, 0.0, count=12, closed=False)
     with store.writing(engine) as session:
         parts = [
-            SliceResult(_header(REFUSED_SERIES, OTHER, OTHER_PATIENT, None, k), "a" * 16, T0,
+            SliceResult(header_of(REFUSED_SERIES, OTHER, OTHER_PATIENT, None, k), "a" * 16, T0,
                         reason=Reason.LOCALIZER)
             for k in range(3)
         ]  # fmt: skip
@@ -86,7 +86,7 @@ def stack(
     for k in range(count):
         height_mm = 5.0 * k
         score = (height_mm - heights["intercept_mm"]) / heights["mm_per_score"]
-        h = _header(series_uid, study_uid, patient, when, k, height_mm - shift_mm)
+        h = header_of(series_uid, study_uid, patient, when, k, height_mm - shift_mm)
         slices.append(SliceResult(h, "a" * 16, T0 + timedelta(seconds=k), score, None, (0.0, 0.0)))
     with store.writing(engine) as session:
         store.record_slices(session, MODEL, slices)
@@ -94,7 +94,7 @@ def stack(
         finish(engine, series_uid)
 
 
-def _header(
+def header_of(
     series_uid: str,
     study_uid: str,
     patient: PatientKey,
@@ -102,6 +102,7 @@ def _header(
     k: int,
     z_mm: float = 0.0,
 ) -> SliceHeader:
+    """Return the header of a slice."""
     return header(
         series_uid,
         k,

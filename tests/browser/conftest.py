@@ -80,4 +80,4 @@ def tab(site, chromium, signed_in_as) -> Iterator[Callable[..., Watched]]:
             assert watched.complaints == []
             strangers = [a for a in watched.addresses if not a.startswith(site.url)]
             assert strangers == []
-            assert [a for a in watched.addresses if "CANARY" in a.upper()] == []
+            assert [a for a in watched.addresses if "PHANTOM" in a.upper()] == []

@@ -1,8 +1,11 @@
 """A node's database filled with phantoms through the node's own stages, for pages to show."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from dicomnode import backfill, dicomio, store
 from dicomnode.config import Settings
 from dicomnode.core import phantom
 from dicomnode.model import DeliveryKind, PatientKey
+from dicomnode.node import serve
 from dicomnode.store import Ask
 
 MATRIX = 160
@@ -53,12 +57,13 @@ SCANS = (
     Scan(9002, 2, datetime(2026, 2, 3, 11, 20), ("iliac_crest", 0), ("lung_apex", 40), 6, -210,
          "ABDOMEN", "OTHER WORKS"),
 )  # fmt: skip
+ARRIVING = Scan(9003, 1, datetime(2026, 2, 3, 12, 0), ("lung_base", 0), ("lung_apex", 0), 5, 40)
 PRIOR, FIXED = SCANS[0], SCANS[1]
 
 
 def patient_id(seed: int) -> str:
-    """Return the Patient ID of a phantom: a text that must appear in no address and no log."""
-    return f"CANARY-{seed}"
+    """Return the Patient ID of a phantom: a text that must appear in no address."""
+    return f"PHANTOM-{seed}"
 
 
 def settings(folder: Path) -> Settings:
@@ -86,6 +91,19 @@ def fill(folder: Path) -> None:
         when = datetime.fromisoformat("2026-02-03T12:00:00+00:00")
         asks = [Ask(DeliveryKind.REGISTRATION, "PACS", FIXED.study_uid, PRIOR.study_uid)]
         store.ask_deliveries(session, asks, when, when + timedelta(minutes=1))
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Let a node be at work, with a Series on its way."""
+    with serve.opened_worker(settings(folder)) as (worker, spool, _):
+        for ds in itertools.islice(instances(ARRIVING), 25):
+            file = BytesIO()
+            ds.save_as(file, enforce_file_format=True)
+            spool.put(file.getvalue(), "a" * 16)
+        while spool.pending(1):
+            worker.step()
+        yield
 
 
 def instances(scan: Scan) -> Iterator[Dataset]:

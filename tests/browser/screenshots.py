@@ -6,6 +6,8 @@ python -m tests.browser.screenshots
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from tests import served
 from tests.browser import drive, feed
 from tests.browser.drive import Watched
@@ -20,7 +22,8 @@ SHOTS = {
     "patient": "light",
     "mining": "light",
 }
-SIZE = {"width": 1120, "height": 900}
+SHADE = 5
+SIZE = {"width": 1280, "height": 900}
 
 
 def main() -> None:
@@ -30,16 +33,28 @@ def main() -> None:
         folder = Path(name)
         feed.fill(folder)
         url = feed.settings(folder).database.url
-        with served.page(folder, url) as site, drive.browser() as browser:
+        with (
+            feed.at_work(folder),
+            served.page(folder, url) as site,
+            drive.browser() as browser,
+        ):
             for page, scheme in SHOTS.items():
                 context = browser.new_context(base_url=site.url, color_scheme=scheme, viewport=SIZE)
                 tab = Watched.of(context)
                 drive.sign_in(tab, site.tokens["read"])
                 PAGES[page](tab)
                 tab.page.mouse.move(0, 0)
-                tab.save(OUT / f"{page}.png")
+                tab.save(OUT / f"{page}.png", full=page != "series")
+                _shrink(OUT / f"{page}.png")
                 context.close()
                 print(OUT / f"{page}.png", (OUT / f"{page}.png").stat().st_size)
+
+
+def _shrink(path: Path) -> None:
+    """Write a picture anew with fewer shades, all colours alike: greys stay grey."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").point(lambda value: round(value / SHADE) * SHADE)
+    small.save(path, optimize=True)
 
 
 if __name__ == "__main__":

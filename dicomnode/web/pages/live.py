@@ -1,5 +1,6 @@
 """What arrives now, how the node stands, and what came today."""
 
+import math
 import threading
 import time
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from dicomnode import store
 from dicomnode.core import region
 from dicomnode.errors import NodeError
+from dicomnode.log import Seldom
 from dicomnode.model import DeliveryState, PatientKey, SeriesState
 from dicomnode.spool.survey import survey
 from dicomnode.store import SeriesRow
@@ -27,12 +29,15 @@ SAID = {
     "spool": ("Spool", "takes what is sent", "takes nothing: no room, or no such folder"),
     "worker": ("Worker", "at work", "does not run: what is sent waits in the spool"),
 }
+TOLD_S = 600.0
 STATES = {
     SeriesState.OPEN: "arriving",
     SeriesState.CURVE: "curve",
     SeriesState.IGNORED: "ignored",
     SeriesState.QUARANTINED: "quarantined",
 }
+
+_seldom = Seldom(TOLD_S)
 
 
 @router.get("/")
@@ -45,7 +50,9 @@ def live(request: Request, caller: Visitor) -> Response:
 @router.get("/live.json")
 def live_json(request: Request, caller: Visitor) -> Response:
     """Return what is on the page, for the page to show anew."""
-    # Asked every few seconds by whoever has the page open: its first look was recorded.
+    # Asked every few seconds by whoever has the page open: one line stands for many.
+    if count := _seldom.due((caller.holder.name, caller.address)):
+        caller.saw(command="live page", count=count if count > 1 else None)
     return JSONResponse(_values(request, caller.part))
 
 
@@ -78,7 +85,7 @@ def _values(request: Request, part: Part) -> dict[str, Any]:
         "at": f"{datetime.now().astimezone():%H:%M:%S}",
         "health": [_check(name, fine) for name, fine in checks.items()]
         + [
-            _spool.of(part),
+            request.app.state.queue.of(part),
             _deliveries(deliveries),
             {
                 "name": "Quarantine",
@@ -128,35 +135,46 @@ def _row(part: Part, row: SeriesRow) -> dict[str, Any]:
         "covers": ", ".join(region.shown(row.coverage)),
         "quality": f"{quality.pearson_r:.3f}" if quality else "",
         "notes": ", ".join([*aside, *(quality.flags if quality else ())]),
-        "arrived": f"{row.last_arrival_at.astimezone():%Y-%m-%d %H:%M:%S}",
+        "arrived": _when(row.last_arrival_at.astimezone()),
     }
 
 
-class _Spool:
+def _when(time: datetime) -> str:
+    """Return a time of today as such, an older one as its day."""
+    return f"{time:%H:%M:%S}" if time.date() == datetime.now().date() else f"{time:%Y-%m-%d}"
+
+
+class Queue:
     """What waits in the spool, kept for a moment: pages that are open ask every few seconds."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._found: tuple[float, dict[str, Any]] | None = None
+        self._looking = threading.Lock()
+        self._found = -math.inf, _queue(True, "being looked at")
 
     def of(self, part: Part) -> dict[str, Any]:
-        with self._lock:
-            if self._found is None or time.monotonic() - self._found[0] > SPOOL_S:
-                self._found = time.monotonic(), self._look(part)
-            return self._found[1]
+        """Return what is shown of it."""
+        then, found = self._found
+        # One looks, the others are told what was found last: a long queue takes long to read.
+        if time.monotonic() - then > SPOOL_S and self._looking.acquire(blocking=False):
+            try:
+                found = self._look(part)
+                self._found = time.monotonic(), found
+            finally:
+                self._looking.release()
+        return found
 
     def _look(self, part: Part) -> dict[str, Any]:
         try:
             parts = [p for p in survey(part.settings.spool.path) if p.name != "quarantine"]
         except (NodeError, OSError):
-            return {"name": "Queue", "fine": False, "said": "the spool cannot be read"}
+            return _queue(False, "the spool cannot be read")
         waiting = sum(p.waiting for p in parts)
-        size = sum(p.waiting_bytes for p in parts)
+        if not waiting:
+            return _queue(True, "nothing waits")
+        said = f"{waiting:,} waiting, {sum(p.waiting_bytes for p in parts) / 1e6:,.1f} MB"
         oldest = min((p.oldest for p in parts if p.oldest), default=None)
-        said = f"{waiting:,} waiting, {size / 1e6:,.1f} MB" if waiting else "nothing waits"
-        if oldest and waiting:
-            said += f", since {oldest.astimezone():%H:%M:%S}"
-        return {"name": "Queue", "fine": True, "said": said}
+        return _queue(True, said + (f", since {oldest.astimezone():%H:%M:%S}" if oldest else ""))
 
 
-_spool = _Spool()
+def _queue(fine: bool, said: str) -> dict[str, Any]:
+    return {"name": "Queue", "fine": fine, "said": said}

@@ -126,7 +126,7 @@ def show(
 def _caller(request: Request, credentials: Bearer, *, by_form: bool) -> Caller:
     part = part_of(request)
     token = credentials.credentials if credentials is not None else None
-    if not part.doorkeeper.may_ask(request, token):
+    if part.doorkeeper.takes_tokens and not part.doorkeeper.may_ask(request, token):
         raise SignInFirst(request)
     holder = part.doorkeeper.holder(request, token, by_form=by_form)
     request.state.user = holder.name
