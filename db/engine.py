@@ -3,15 +3,18 @@
 An engine belongs to the process that made it: a process that forks makes a new one in the child.
 """
 
+import math
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 EXPECTED = "expected sqlite:///relative.sqlite, sqlite:////absolute.sqlite or postgresql://..."
 BUSY_TIMEOUT_S = 30.0
+PROGRESS_STEPS = 20_000  # of SQLite's machine between looks at the clock: about a millisecond
 
 # libpq's own defaults wait for ever to connect, and two hours to notice that the server's machine
 # is gone; these give up after 10 s, and after about a minute. What the URL says goes first.
@@ -52,6 +55,33 @@ def reader(engine: Engine) -> Engine:
     error on both databases.
     """
     return engine.execution_options(sqlite_readonly=True, postgresql_readonly=True)
+
+
+def limit_time(engine: Engine, seconds: float) -> None:
+    """Stop what takes longer from now on: a statement on Postgres, a transaction on SQLite."""
+    if engine.dialect.name == "postgresql":
+
+        def set_timeout(dbapi_connection: Any, record: Any) -> None:
+            # Outside a transaction: what is set within one goes with its rollback.
+            dbapi_connection.autocommit = True
+            dbapi_connection.execute(f"SET statement_timeout = {int(seconds * 1000)}")
+            dbapi_connection.autocommit = False
+
+        event.listen(engine, "connect", set_timeout)
+    else:
+
+        def watch(dbapi_connection: sqlite3.Connection, record: Any) -> None:
+            def is_late() -> bool:
+                return time.monotonic() > float(record.info.get("until", math.inf))
+
+            dbapi_connection.set_progress_handler(is_late, PROGRESS_STEPS)
+
+        def begin(connection: Connection) -> None:
+            connection.info["until"] = time.monotonic() + seconds
+
+        event.listen(engine, "connect", watch)
+        event.listen(engine, "begin", begin)
+    engine.dispose()  # connections of before know no limit
 
 
 def _sqlite(url: URL) -> Engine:

@@ -49,6 +49,13 @@ class Act(Enum):
     PATIENTS_LINKED = ("patients linked", "110110", None, "U")  # Patient Record
     PATIENTS_UNLINKED = ("patients unlinked", "110110", None, "U")
     MESSAGE_REFUSED = ("message refused", "110110", None, "U")
+    EXPORT = ("export", "110106", None, "R")
+    # User Authentication, Login and Logout
+    SIGNED_IN = ("signed in", "110114", "110122", "E")
+    SIGNED_OUT = ("signed out", "110114", "110123", "E")
+    # User Authentication, Login; Security Alert, Use of Restricted Function
+    SIGN_IN_REFUSED = ("sign-in refused", "110114", "110122", "E")
+    REQUEST_REFUSED = ("request refused", "110113", "110132", "E")
 
     def __init__(self, event: str, code: str, type_code: str | None, action: str) -> None:
         self.event, self.code, self.type_code, self.action = event, code, type_code, action

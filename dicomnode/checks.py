@@ -46,6 +46,8 @@ def run(settings: Settings) -> Iterator[Check]:
     yield from _rules(settings)
     if settings.hl7.port is not None:
         yield _try("hl7", lambda: _hl7(settings))
+    if settings.web.enabled:
+        yield _try("page", lambda: _page(settings))
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
@@ -245,6 +247,30 @@ def _rules(settings: Settings) -> Iterator[Check]:
         # Of a URL the host alone: the rest may hold a key.
         to = rule.send_to or urlsplit(rule.webhook or "").netloc
         yield Check(f"rule {rule.name}", True, f"to {to}; {count}")
+
+
+def _page(settings: Settings) -> str:
+    from dicomnode.web import patients, run, tokens
+
+    web = settings.web
+    run.tls(web)
+    if (key := settings.patient_key_file).exists():  # else the page makes it
+        patients.PatientKeys.of(key)
+    who = []
+    if web.token_file is not None:
+        who.append(f"{len(tokens.read(web.token_file))} tokens")
+    if web.user_header is not None:
+        who.append(f"users of {', '.join(web.proxies)}")
+    try:
+        run.bind(web).close()
+        state = "free"
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise NodeError(f"web.host, web.port: {exc}") from exc
+        state = "in use, by this node or another program"
+    kind = "HTTPS" if web.certificate else "HTTP"
+    asks = " and ".join(who) or "anybody on this machine"
+    return f"{web.host}:{web.port}, {kind}, for {asks}; {state}"
 
 
 def _echo(peer: Peer, settings: Settings) -> str:

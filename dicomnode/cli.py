@@ -126,7 +126,7 @@ def demo(keep: bool) -> None:
 @main.command()
 @_config_option
 @click.option(
-    "--only", type=click.Choice(["receive", "work", "exchange"]), help="Run one part alone."
+    "--only", type=click.Choice(["receive", "work", "exchange", "web"]), help="Run one part alone."
 )
 @click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
 @click.option(
@@ -145,7 +145,7 @@ def serve(
     until_eof: bool,
     listen_fd: int | None,
 ) -> None:
-    """Run the node: receivers, worker, exchange with peers, until SIGTERM or Ctrl-C.
+    """Run the node: receivers, worker, exchange, page, until SIGTERM or Ctrl-C.
 
     \b
     Example:  dicomnode serve --config node.toml
@@ -168,6 +168,11 @@ def serve(
         from dicomnode.node import exchange
 
         exchange.run(settings, stop)
+        return
+    if only == "web":
+        from dicomnode.web import run as page
+
+        page.run(settings, stop)
         return
     from dicomnode.node import serve as parts
 
@@ -830,6 +835,27 @@ def align(
         sides = sources[fixed.series_uid], sources[moving.series_uid]
         _write_registration(registration, answer, *sides, origin)
     _answer_offset(answer, as_json, transform, png_path)
+
+
+@main.command()
+@click.argument("role", type=click.Choice(["read", "admin"]))
+@click.argument("name")
+@_config_option
+def token(role: str, name: str, config: Path | None) -> None:
+    """Make a token that lets NAME into the page, and print it; it is shown this once.
+
+    Its SHA-256 is written to [web] token_file. Take its line out to shut NAME out again; the page
+    reads the file anew by itself.
+
+    \b
+    Example:  dicomnode token read viewer --config node.toml
+    """
+    from dicomnode.web import tokens
+
+    path = configuration.load(_config_path(config)).web.token_file
+    if path is None:
+        raise ConfigError("web.token_file: not set, so there is no file to write to")
+    click.echo(tokens.add(path, tokens.Holder(name, tokens.Role(role))))
 
 
 @main.group(invoke_without_command=True)

@@ -76,6 +76,19 @@ def _address(value: str) -> str:
     return value
 
 
+def _network(value: str) -> str:
+    if ipaddress.ip_network(value).prefixlen == 0:
+        raise ValueError("everybody is no reverse proxy")
+    return value
+
+
+def _host_name(value: str) -> str:
+    name = value.lower().rstrip(".")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", name):
+        raise ValueError("a host name has letters, digits, '-' and '.', and no port")
+    return name
+
+
 def _fingerprint(value: str) -> str:
     digits = value.replace(":", "").lower()
     if not re.fullmatch("[0-9a-f]{64}", digits):
@@ -432,6 +445,76 @@ class HL7Settings(_Section):
         return json.loads(value) if isinstance(value, str) else value
 
 
+class WebSettings(_Section):
+    """The page and its REST interface."""
+
+    enabled: bool = Field(default=False, description="Whether `dicomnode serve` starts it.")
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. Beyond this machine it needs token_file or user_header.",
+    )
+    port: int = Field(
+        default=8080, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one."
+    )
+    names: tuple[Annotated[str, AfterValidator(_host_name)], ...] = Field(
+        default=(),
+        description="Host names under which it is asked for, beside localhost, this machine's "
+        "name and every IP address. A request for another host is refused.",
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="File of the tokens that may sign in, a line each: ROLE NAME SHA-256. "
+        "`dicomnode token` makes them. Read again when it changes.",
+    )
+    user_header: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$",
+        description="Header in which a reverse proxy, one of proxies, names who has signed in.",
+    )
+    proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = Field(
+        default=(),
+        description="Addresses and networks of the reverse proxies whose user_header is believed.",
+    )
+    admins: tuple[str, ...] = Field(
+        default=(), description="Users of user_header with the role admin; the others read."
+    )
+    key_file: Path | None = Field(
+        default=None,
+        description="File of the secret behind the keys that stand for patients in addresses; "
+        "unset, web.key beside the folder of the spool, made at the first start.",
+    )
+    certificate: Path | None = Field(
+        default=None, description="PEM file of the page's certificate, then its chain: HTTPS."
+    )
+    key: Path | None = Field(
+        default=None, description="PEM file of its private key; unset, it is in certificate."
+    )
+
+    @model_validator(mode="after")
+    def _says_who_may_sign_in(self) -> Self:
+        if (self.user_header is None) != (not self.proxies):
+            raise ValueError("user_header and proxies go together")
+        if self.admins and self.user_header is None:
+            raise ValueError("admins are users of user_header")
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key is that of certificate")
+        if not (self.is_local or self.token_file or self.user_header):
+            raise ValueError(
+                f"host {self.host} is reached by others, so token_file or user_header must say "
+                "who may sign in; 127.0.0.1 needs neither"
+            )
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it listens for this machine alone."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
 class Rule(_Section):
     """What happens to a Series that an expression finds."""
 
@@ -628,6 +711,7 @@ class Settings(BaseSettings):
     deliver: DeliverSettings = DeliverSettings()
     priors: PriorsSettings = PriorsSettings()
     hl7: HL7Settings = HL7Settings()
+    web: WebSettings = WebSettings()
     rule: Annotated[tuple[Rule, ...], NoDecode] = ()
 
     @field_validator("rule", mode="before")
@@ -725,6 +809,10 @@ class Settings(BaseSettings):
     def holds(self) -> bool:
         """Whether pixels are needed once they are scored."""
         return self.keep.dicom_path is not None or any(rule.send_to for rule in self.rule)
+
+    def patient_key_file(self) -> Path:
+        """Where the secret behind the keys of patients is."""
+        return self.web.key_file or self.spool.path.absolute().parent / "web.key"
 
     @property
     def refuse_below_bytes(self) -> int:

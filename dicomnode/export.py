@@ -10,11 +10,12 @@ import hashlib
 import hmac
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Engine
 
@@ -162,7 +163,7 @@ def write(
     progress : function
         Takes how many more of all Series were looked at.
     """
-    columns = {**SERIES, **{f"covers_{spelled(r.name)}": "float64" for r in regions}}
+    columns = _columns(regions)
     counts = {path: 0 for path in (series, slices, pairs) if path}
     with ExitStack() as stack:
 
@@ -194,6 +195,58 @@ def write(
                         put(to_pairs, pairs, [_pair(p, pseudonyms) for p in of_pairs])
             progress(looked_at)
     return counts
+
+
+def stream(
+    engine: Engine,
+    expression: Expression,
+    regions: Sequence[Region],
+    suffix: str,
+) -> Iterator[bytes]:
+    """Yield the bytes of the file of Series that `write` would write, as they come to be.
+
+    Parameters
+    ----------
+    suffix : str
+        Of `KINDS`: which kind of file.
+    """
+    buffer = _Drained()
+    with _kind_of(suffix)(buffer, _columns(regions)) as table:
+        for _, ids in store.windows(engine, expression):
+            for part in _parts(ids, CURVES):
+                with store.reading(engine) as session:
+                    found = store.matches(session, part)
+                table.write([_series(m, regions, None) for m in found])
+                if chunk := buffer.drain():
+                    yield chunk
+    yield buffer.drain()
+
+
+class _Drained(BytesIO):
+    """A file of which what was written is taken out again and again."""
+
+    _before = 0  # bytes that were taken out
+
+    def tell(self) -> int:
+        return self._before + super().tell()
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Do nothing: what writes to it closes it, and its last bytes are taken out after that."""
+
+    def drain(self) -> bytes:
+        """Take out what was written since."""
+        chunk = self.getvalue()
+        self._before += len(chunk)
+        self.seek(0)
+        self.truncate()
+        return chunk
+
+
+def _columns(regions: Iterable[Region]) -> dict[str, str]:
+    return {**SERIES, **{f"covers_{spelled(r.name)}": "float64" for r in regions}}
 
 
 def _series(m: Match, regions: Iterable[Region], names: Pseudonyms | None) -> tuple[Any, ...]:
@@ -270,13 +323,11 @@ def _parts(ids: list[int], size: int) -> Iterator[list[int]]:
 @contextmanager
 def _table(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
     """Give a table that becomes the file when all went well, and nothing otherwise."""
-    if path.suffix.lower() not in KINDS:
-        raise ConfigError(f"{path.name}: expected a name that ends in {' or '.join(KINDS)}")
+    kind = _kind_of(path.suffix.lower(), path.name)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        kind = _parquet if path.suffix.lower() == ".parquet" else _csv
         try:
-            with kind(part, columns) as table:
+            with open(part, "wb") as file, kind(file, columns) as table:
                 yield table
             os.replace(part, path)
         except OSError as exc:
@@ -285,22 +336,32 @@ def _table(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
         part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _csv(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-
-        class Lines:
-            def write(self, rows: Sequence[tuple[Any, ...]]) -> None:
-                for row in rows:
-                    writer.writerow(";".join(v) if isinstance(v, list) else v for v in row)
-
-        yield Lines()
+def _kind_of(
+    suffix: str, name: str = ""
+) -> Callable[[IO[bytes], dict[str, str]], AbstractContextManager[_Table]]:
+    kinds = dict(zip(KINDS, (_parquet, _csv), strict=True))
+    if suffix not in kinds:
+        raise ConfigError(f"{name or suffix}: expected a name that ends in {' or '.join(KINDS)}")
+    return kinds[suffix]
 
 
 @contextmanager
-def _parquet(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
+def _csv(file: IO[bytes], columns: dict[str, str]) -> Iterator[_Table]:
+    text = TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+    writer = csv.writer(text)
+    writer.writerow(columns)
+
+    class Lines:
+        def write(self, rows: Sequence[tuple[Any, ...]]) -> None:
+            for row in rows:
+                writer.writerow(";".join(v) if isinstance(v, list) else v for v in row)
+
+    yield Lines()
+    text.detach()
+
+
+@contextmanager
+def _parquet(file: IO[bytes], columns: dict[str, str]) -> Iterator[_Table]:
     import pyarrow
     from pyarrow import parquet
 
@@ -311,7 +372,7 @@ def _parquet(path: Path, columns: dict[str, str]) -> Iterator[_Table]:
             for name, kind in columns.items()
         ]
     )
-    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         groups = _Groups(writer, schema)
         yield groups
         groups.flush()

@@ -33,7 +33,9 @@ LAYERS = (
         "hl7",
     ),
     ("node",),
-    ("query", "files", "backfill", "rescore", "checks", "plot", "present", "bpreg", "export"),
+    ("query", "files", "backfill", "rescore", "plot", "present", "bpreg", "export"),
+    ("web",),
+    ("client", "checks"),
     ("cli", "demo", "", "__main__"),
 )
 FOR_TRAINING = ("errors", "model", "core", "dicomio", "manifest", "weights")
@@ -172,6 +174,8 @@ def test_every_module_has_a_home_of_its_own(module):
         ("dicomnode.cli", {"torch"}),
         ("dicomnode.node.receive", {"torch", "sqlalchemy"}),
         ("dicomnode.node.exchange", {"torch"}),
+        ("dicomnode.web.run", {"torch", "matplotlib", "SimpleITK", "pyarrow"}),
+        ("dicomnode.client", {"torch", "fastapi", "sqlalchemy", "pydicom"}),
     ],
 )
 def test_a_process_starts_without_what_it_does_not_need(module, unwanted):

@@ -1,4 +1,4 @@
-"""Runs the stages: receivers, one worker that owns the device, and the exchange with peers."""
+"""Runs the parts: receivers, one worker that owns the device, exchange with peers, page."""
 
 import contextlib
 import logging
@@ -290,7 +290,7 @@ def supervise(
     """Run each part as a process of its own until `stop` is set, and restart what dies.
 
     The parts are the receivers, which share one listening socket, the worker, and, where the
-    settings give it something to do, the exchange. Each ends by itself when this process is gone:
+    settings ask for them, the exchange and the page. Each ends by itself when this process is gone:
     it holds the reading end of a pipe.
 
     Returns
@@ -320,6 +320,8 @@ def supervise(
         parts.append(_start("work", [*command, "--only", "work"], None))
         if settings.exchanges:
             parts.append(_start("exchange", [*command, "--only", "exchange"], None))
+        if settings.web.enabled:
+            parts.append(_start("web", [*command, "--only", "web"], None))
     try:
         while not stop.wait(0.2):
             for part in parts:

@@ -38,7 +38,10 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
     with store.reading(engine) as session:
         rule, found = met(session, settings, delivery)
         wanted = None if rule.region is None else _slices(session, rule, found)
-    files = held_of(settings, found.study_uid, found.series_uid)
+        files = held_of(settings, found.study_uid, found.series_uid)
+        # What a rejection note took back goes nowhere.
+        rejected = store.rejected_of(session, list(files))
+        files = {uid: file for uid, file in files.items() if uid not in rejected}
     if not files:
         raise Nothing("its pixels are not held any more")
     chosen = [uid for uid in files if wanted is None or uid in wanted]

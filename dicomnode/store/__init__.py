@@ -21,6 +21,15 @@ from dicomnode.store.answers import (
     regions_of,
     studies_of,
 )
+from dicomnode.store.browse import (
+    arrivals_since,
+    count_undelivered,
+    newest_series,
+    pairs_of_patient,
+    pairs_of_study,
+    series_by_id,
+    series_of_patient,
+)
 from dicomnode.store.commitments import (
     claim_commitments,
     failed_commitments,
@@ -99,7 +108,7 @@ from dicomnode.store.patients import (
     unlink_between,
     unlink_patients,
 )
-from dicomnode.store.previews import prune_previews
+from dicomnode.store.previews import has_previews, preview_of, previews_of, prune_previews
 from dicomnode.store.rejections import Hidden, count_rejected, record_rejection
 from dicomnode.store.rescoring import count_stale, exchange_scores, kept_inputs, stale_series
 from dicomnode.store.search import (
@@ -120,6 +129,7 @@ from dicomnode.store.search import (
 )
 from dicomnode.store.session import available, opened, reading, sqlite_file, writing
 from dicomnode.store.sources import KnownSource, source_of
+from dicomnode.store.tally import Tally, tally
 from dicomnode.store.turns import (
     PeerTurn,
     beat,
@@ -170,7 +180,9 @@ __all__ = [
     "SliceResult",
     "StaleSeries",
     "StoredOffset",
+    "Tally",
     "Wanting",
+    "arrivals_since",
     "ask_days",
     "ask_deliveries",
     "ask_priors",
@@ -190,6 +202,7 @@ __all__ = [
     "count_series",
     "count_stale",
     "count_uncovered",
+    "count_undelivered",
     "covariance_of",
     "cover_curves",
     "curve_of",
@@ -206,6 +219,7 @@ __all__ = [
     "finish_series",
     "has_due",
     "has_lost_associations",
+    "has_previews",
     "heights_of",
     "held_series",
     "hold_deliveries",
@@ -230,6 +244,7 @@ __all__ = [
     "may_ask",
     "mining_tables",
     "newest_id",
+    "newest_series",
     "next_commitment_at",
     "next_completion",
     "next_delivery_at",
@@ -240,10 +255,14 @@ __all__ = [
     "order_series",
     "origin_of",
     "pairs_of_fixed",
+    "pairs_of_patient",
+    "pairs_of_study",
     "patient_keys",
     "patient_of_study",
     "pending_offsets",
     "postpone_commitments",
+    "preview_of",
+    "previews_of",
     "prune_previews",
     "put_off",
     "quiet_at",
@@ -261,6 +280,8 @@ __all__ = [
     "renew_lease",
     "requeue_deliveries",
     "requeue_fetches",
+    "series_by_id",
+    "series_of_patient",
     "settle_delivery",
     "settle_fetch",
     "settle_inquiry",
@@ -274,6 +295,7 @@ __all__ = [
     "studies_of",
     "take_message",
     "take_turn",
+    "tally",
     "trust",
     "unlink_between",
     "unlink_patients",

@@ -1,6 +1,6 @@
 """What is asked of the store: Series, curves, counts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -39,6 +39,11 @@ def list_series(
     rows = session.execute(
         query.order_by(schema.Series.last_arrival_at.desc(), schema.Series.id).limit(limit)
     ).all()
+    return with_bundles(session, rows)
+
+
+def with_bundles(session: Session, rows: Sequence[Any]) -> list[SeriesRow]:
+    """Return Series, of rows of Series and Curve, with what is known of them elsewhere."""
     without = [s.id for s, c in rows if c is None or s.state == SeriesState.OPEN]
     live: dict[int, dict[str | None, int]] = {}
     for series_id, reason, count in session.execute(

@@ -177,9 +177,10 @@ def list_deliveries(
     state: DeliveryState | None = None,
     destination: str | None = None,
     subject: str | None = None,
+    before: int | None = None,
     limit: int | None = None,
 ) -> list[Delivery]:
-    """Return deliveries, those asked for last first."""
+    """Return deliveries, the newest first; `before` is the id of one to go on from."""
     query = select(schema.Delivery).order_by(schema.Delivery.id.desc()).limit(limit)
     for column, value in (
         (schema.Delivery.state, state),
@@ -188,6 +189,8 @@ def list_deliveries(
     ):
         if value is not None:
             query = query.where(column == value)
+    if before is not None:
+        query = query.where(schema.Delivery.id < before)
     return [delivery_of(row) for row in session.scalars(query)]
 
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from itertools import pairwise
 
 import numpy as np
-from sqlalchemy import delete, select, update
+from sqlalchemy import LargeBinary, Select, delete, func, select, update
 from sqlalchemy.orm import Session, undefer
 
 from db import schema
@@ -61,6 +61,43 @@ def read_previews(session: Session, series_id: int) -> list[bytes] | None:
     previews = [row.data[start:end] for start, end in pairwise([0, *ends])]
     session.expunge(row)  # its bytes need not stay in the session
     return previews
+
+
+def previews_of(session: Session, series_uid: str) -> list[bytes] | None:
+    """Return the inputs of a finished Series, packed, parallel to its curve; None: not kept."""
+    series_id = session.scalar(_finished(series_uid))
+    return None if series_id is None else read_previews(session, series_id)
+
+
+def preview_of(session: Session, series_uid: str, index: int) -> bytes | None:
+    """Return one of them: of some megabytes, the few kilobytes that are wanted."""
+    row = session.execute(
+        select(schema.Preview.series_id, schema.Preview.sizes).where(
+            schema.Preview.series_id == _finished(series_uid).scalar_subquery()
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    ends = np.cumsum(array(row.sizes, "<u4"), dtype=np.int64).tolist()
+    if not 0 <= index < len(ends):
+        return None
+    start = ends[index - 1] if index else 0
+    part = func.substr(schema.Preview.data, start + 1, ends[index] - start, type_=LargeBinary())
+    return session.scalar(select(part).where(schema.Preview.series_id == row.series_id))
+
+
+def has_previews(session: Session, series_uid: str) -> bool:
+    """Whether the inputs of a finished Series are kept."""
+    found = select(schema.Preview.series_id).where(
+        schema.Preview.series_id == _finished(series_uid).scalar_subquery()
+    )
+    return session.scalar(found) is not None
+
+
+def _finished(series_uid: str) -> Select[int]:
+    return select(schema.Series.id).where(
+        schema.Series.series_uid == series_uid, schema.Series.state == SeriesState.CURVE
+    )
 
 
 def prune_previews(session: Session, before: datetime, limit: int) -> int:

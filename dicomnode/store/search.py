@@ -147,7 +147,7 @@ def find_page(
     session: Session, expression: Expression, *, before: int | None = None, limit: int = 100
 ) -> Page:
     """Return what an expression finds, newest first, from the Series before `before` on."""
-    search = _Search.of(session, expression)
+    search = Search.of(session, expression)
     newest = newest_id(session)
     top = newest if before is None else min(before - 1, newest)
     wanted = limit + 1  # one more tells whether there is a next page
@@ -176,13 +176,13 @@ def find_page(
 
 def count_matches(session: Session, expression: Expression) -> int:
     """Return how many Series an expression finds."""
-    search = _Search.of(session, expression)
+    search = Search.of(session, expression)
     return sum(session.scalar(q) or 0 for q in search.parts(func.count()))
 
 
 def find_histogram(session: Session, expression: Expression) -> Histogram:
     """Return how many of the curves that an expression finds reach over each step of height."""
-    search = _Search.of(session, expression)
+    search = Search.of(session, expression)
     begin, end = np.zeros(STEPS + 1, np.int64), np.zeros(STEPS + 1, np.int64)
     for query in search.parts(COVERAGE.cell, func.count()):
         for cell, count in session.execute(query.group_by(COVERAGE.cell)):
@@ -208,7 +208,7 @@ def windows(engine: Engine, expression: Expression) -> Iterator[tuple[int, list[
     Oldest first, a transaction each: what arrives meanwhile may or may not be among them.
     """
     with reading(engine) as session:
-        search = _Search.of(session, expression)
+        search = Search.of(session, expression)
         last = newest_id(session)
     for low in range(1, last + 1, WINDOW):
         high = min(low + WINDOW - 1, last)
@@ -220,7 +220,7 @@ def windows(engine: Engine, expression: Expression) -> Iterator[tuple[int, list[
 
 def statement_of(session: Session, expression: Expression) -> tuple[str, dict[str, Any]]:
     """Return the SQL of an expression, and the values of its parameters."""
-    search = _Search.of(session, expression)
+    search = Search.of(session, expression)
     query = search.ids().order_by(search.key.desc())
     options = {"render_postcompile": True}  # the members of `in`, each with a name
     compiled = query.compile(session.get_bind(), compile_kwargs=options)
@@ -266,7 +266,7 @@ def records(session: Session, ids: Sequence[int]) -> dict[int, Record]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
+class Search:
     """An expression with the numbers that this database gives to bundles."""
 
     expression: Expression
@@ -274,7 +274,7 @@ class _Search:
     linked: bool = False  # whether some patient has several keys
 
     @classmethod
-    def of(cls, session: Session, expression: Expression) -> "_Search":
+    def of(cls, session: Session, expression: Expression) -> "Search":
         if session.get_bind().dialect.name == "postgresql":
             # To compile a question takes longer (0.3 s) than most take to be answered.
             session.execute(text("SET LOCAL jit = off"))
@@ -293,21 +293,24 @@ class _Search:
         """Return the query for the ids of what is found, in no order."""
         return self._of(self.key).where(self._clause(self.expression.node, gaps=None))
 
-    def parts(self, *columns: Any) -> list[Select[Any]]:
+    def parts(self, *columns: Any, of_series: bool = False) -> list[Select[Any]]:
         """Return queries that together are over all that is found, each Series in one of them.
+
+        `of_series` says that the columns are of the Series, too.
 
         The few curves with missing slices are asked by themselves: they need a subquery, for
         which Postgres gives up working in several processes, and the ends of such a curve do
         not tell what it fills.
         """
         node = self.expression.node
+        asked = self._of(*columns, of_series=of_series)
         if self.expression.every_series:
-            return [self._of(*columns).where(self._clause(node, gaps=None))]
+            return [asked.where(self._clause(node, gaps=None))]
         if not any(isinstance(a, Filled) for a in atoms(node)):
-            return [self._of(*columns).where(self._clause(node, gaps=None), *self._cells())]
-        whole = self._of(*columns).where(COVERAGE.stretches == 1)
+            return [asked.where(self._clause(node, gaps=None), *self._cells())]
+        whole = asked.where(COVERAGE.stretches == 1)
         # A constant and no parameter: that is how a planner knows the index of these alone.
-        with_gaps = self._of(*columns).where(COVERAGE.stretches > literal_column("1"))
+        with_gaps = asked.where(COVERAGE.stretches > literal_column("1"))
         return [
             whole.where(self._clause(node, gaps=False), *self._cells()),
             with_gaps.where(self._clause(node, gaps=True)),
@@ -332,12 +335,13 @@ class _Search:
             COVERAGE.high_um.between(box.high_min, box.high_max),
         ]
 
-    def _of(self, *columns: Any) -> Select[Any]:
+    def _of(self, *columns: Any, of_series: bool = False) -> Select[Any]:
         if self.expression.every_series:
             of = select(*columns).select_from(SERIES)
             return of.outerjoin(COVERAGE, COVERAGE.series_id == SERIES.id)
         of = select(*columns).select_from(COVERAGE)
-        if any(isinstance(a, Text | Day | Prior) for a in atoms(self.expression.node)):
+        atoms_of_series = (isinstance(a, Text | Day | Prior) for a in atoms(self.expression.node))
+        if of_series or any(atoms_of_series):
             of = of.join(SERIES, SERIES.id == COVERAGE.series_id)
         return of
 

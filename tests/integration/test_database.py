@@ -3,6 +3,7 @@
 import multiprocessing
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -388,3 +389,25 @@ def test_other_url_is_refused_with_what_is_expected(url: str) -> None:
     with pytest.raises(ValueError, match="expected sqlite:///") as caught:
         engines.create(url)
     assert "secret" not in str(caught.value)
+
+
+LONG = {
+    "sqlite": "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 1e9) "
+    "SELECT count(*) FROM n",
+    "postgresql": "SELECT pg_sleep(60)",
+}
+
+
+def test_what_takes_too_long_is_stopped_and_the_connection_goes_on(database_url):
+    with opened(database_url) as engine:
+        with engine.connect() as connection:  # one that knows no limit, to be let go of
+            connection.execute(text("SELECT 1"))
+        engines.limit_time(engine, 0.3)
+        for kind in (engine, engines.reader(engine)):
+            with kind.connect() as connection:
+                start = time.monotonic()
+                with pytest.raises(DBAPIError, match=r"interrupted|statement timeout"):
+                    connection.execute(text(LONG[engine.dialect.name]))
+                assert time.monotonic() - start < 20
+                connection.rollback()
+                assert connection.scalar(text("SELECT 1")) == 1

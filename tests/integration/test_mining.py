@@ -560,7 +560,7 @@ def test_no_text_becomes_sql(text, part):
             expression = asked(f'manufacturer = "{value}" and body_part_examined ~ "{value}"')
         except ExpressionError:
             return
-        found = search._Search(expression, {MODEL: 1, OTHER_MODEL: 2})
+        found = search.Search(expression, {MODEL: 1, OTHER_MODEL: 2})
         for dialect in (sqlite.dialect(), postgresql.psycopg.dialect()):
             compiled = found.ids().compile(dialect=dialect)
             values = list(compiled.params.values())
