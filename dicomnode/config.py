@@ -810,6 +810,7 @@ class Settings(BaseSettings):
         """Whether pixels are needed once they are scored."""
         return self.keep.dicom_path is not None or any(rule.send_to for rule in self.rule)
 
+    @property
     def patient_key_file(self) -> Path:
         """Where the secret behind the keys of patients is."""
         return self.web.key_file or self.spool.path.absolute().parent / "web.key"
