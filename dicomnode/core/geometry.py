@@ -310,7 +310,9 @@ def is_transposed(image_orientation: Floats) -> bool:
     return bool(abs(image_orientation[1]) > abs(image_orientation[0]))
 
 
-# Patient Position -> row and column directions of an image as seen from the gantry's foot end.
+# Patient Position -> row and column directions of an image as seen by one who faces the gantry: to
+# the right, and down. Of decubitus right the right side is down; who goes in feet first is seen
+# from the head.
 _SEEN_FROM_GANTRY = {
     "HFS": (1, 0, 0, 0, 1, 0),
     "HFP": (-1, 0, 0, 0, -1, 0),
@@ -318,8 +320,8 @@ _SEEN_FROM_GANTRY = {
     "HFDL": (0, -1, 0, 1, 0, 0),
     "FFS": (-1, 0, 0, 0, 1, 0),
     "FFP": (1, 0, 0, 0, -1, 0),
-    "FFDR": (0, 1, 0, 1, 0, 0),
-    "FFDL": (0, -1, 0, -1, 0, 0),
+    "FFDR": (0, -1, 0, -1, 0, 0),
+    "FFDL": (0, 1, 0, 1, 0, 0),
 }
 
 
