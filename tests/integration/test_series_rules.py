@@ -182,22 +182,27 @@ def leaning(degrees: float) -> list[str]:
     return [f"{v:.8f}" for v in (1, 0, 0, 0, np.cos(angle), np.sin(angle))]
 
 
-def tilted_gantry(degrees: float, table_mm: float = -900.0) -> list[Dataset]:
-    """A gantry that leans while the table moves along z; its isocentre is x = y = 0."""
+def tilted_gantry(degrees: float, body_mm: tuple[float, float] = (0, 0)) -> list[Dataset]:
+    """A gantry that leans while the table moves along z, from -900 mm on.
+
+    The body lies at `body_mm`, x and y: where a scanner has its origin is its own affair.
+    """
     angle = np.radians(degrees)
     slices = scan(ImageOrientationPatient=leaning(degrees))
     for level, ds in enumerate(slices):
-        # The middle of the image is on the axis: 110 mm along each direction from the corner.
-        corner = np.array([0, 0, table_mm + 5 * level]) - 110 * np.array(
+        # The middle of the disc is on the axis: 31.5 pixels along each direction from the corner.
+        corner = np.array([*body_mm, -900 + 5 * level]) - 110.25 * np.array(
             [1, np.cos(angle), np.sin(angle)]
         )
         ds.ImagePositionPatient = [f"{v:.6f}" for v in corner]
     return slices
 
 
-@pytest.mark.parametrize("degrees", [5, -12, 14.5])
-def test_a_little_tilt_is_accepted_and_the_curve_is_where_the_body_is(node, degrees):
-    node.send(*tilted_gantry(degrees))
+@pytest.mark.parametrize(
+    ("degrees", "body_mm"), [(5, (0, 0)), (-12, (0, 0)), (14.5, (0, 0)), (12, (30, -170))]
+)
+def test_a_little_tilt_is_accepted_and_the_curve_is_where_the_body_is(node, degrees, body_mm):
+    node.send(*tilted_gantry(degrees, body_mm))
     curve = node.curve()
     np.testing.assert_allclose(curve.z_mm, [-900 + 5.0 * k for k in LEVELS], atol=1e-4)
     np.testing.assert_allclose(curve.height_mm, [5.0 * k for k in LEVELS], atol=1e-2)
@@ -207,7 +212,7 @@ def test_a_little_tilt_is_accepted_and_the_curve_is_where_the_body_is(node, degr
 
 def test_the_offset_of_a_tilted_scan_is_that_of_an_upright_one(node):
     prior = [ct_slice("1.2.8", k, table_mm=100.0, StudyDate="20250101") for k in LEVELS]
-    node.send(*prior, *tilted_gantry(12))
+    node.send(*prior, *tilted_gantry(12, (0, -170)))
     assert AlignStage(node.engine).step() == len(Method)
     with store.reading(node.engine) as session:
         found = store.offsets_of(session, fixed_study=f"{SERIES}.0", moving_study="1.2.8.0")
@@ -239,8 +244,7 @@ def test_an_oblique_stack_is_as_good_as_its_angle(node, degrees, reason):
         assert_refused(node, reason, len(LEVELS))
     else:
         # 5 mm apart along the normal, and so a little more along the axis.
-        expected = [5.0 * k / np.cos(angle) for k in LEVELS]
-        np.testing.assert_allclose(node.curve().z_mm, expected, atol=1e-4)
+        np.testing.assert_allclose(np.diff(node.curve().z_mm), 5.0 / np.cos(angle), atol=1e-4)
 
 
 def test_rounding_of_direction_cosines_is_no_other_stack(node):
