@@ -18,7 +18,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
     XRayRadiationDoseSRStorage,
 )
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 
 from db import engine as engines
 from db import migrate, schema
@@ -432,6 +432,21 @@ def test_a_curve_that_was_stored_before_phases_were_told_apart_may_be_reopened(n
     assert node.row().revision == 2
     node.send(*phase(2, range(16), brighter=4, AcquisitionNumber="2"))
     assert {uid.split(".")[3] for uid in node.curve().sop_instance_uids} == {"2"}
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_tilted_series_of_an_earlier_release_is_placed_anew_when_it_is_sent_again(node, again):
+    slices = tilted_gantry(12, (0, -170))
+    node.send(*slices)
+    true = node.curve().z_mm
+    with store.writing(node.engine) as session:  # as schema 0002 had it
+        row = session.scalars(select(schema.Curve)).one()
+        row.z_mm = (true - 36.1).astype("<f8").tobytes()
+        row.acquisitions = None if again else row.acquisitions
+    node.send(*slices)
+    np.testing.assert_allclose(node.curve().z_mm, true if again else true - 36.1)
+    node.send(*slices)
+    assert node.row().revision == (2 if again else 1)
 
 
 @pytest.mark.parametrize(("places", "times"), [(1, 20), (2, 15), (4, 12), (7, 5)])
