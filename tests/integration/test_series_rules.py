@@ -367,6 +367,19 @@ def test_of_two_phases_the_more_complete_one_makes_the_curve(node, first, second
     assert row.set_aside == {Reason.DUPLICATE_POSITION: 10}
 
 
+def test_stations_that_overlap_are_one_curve_in_whatever_order_they_come(node):
+    """Three of eight levels, two of each shown by the next station too."""
+    stations = [
+        ds
+        for number, start in enumerate((12, 0, 6))
+        for ds in phase(number, range(start, start + 8), AcquisitionNumber=str(number + 1))
+    ]
+    node.send(*stations)
+    assert_true(node.curve(), range(20))
+    assert node.curve().quality.flags == (Flag.DUPLICATE_POSITION,)
+    assert node.row().set_aside == {Reason.DUPLICATE_POSITION: 4}
+
+
 def test_phases_one_after_the_other_are_told_by_the_time_alone(node):
     early = timed(phase(1, range(10)), 0)
     late = timed(phase(2, range(12), brighter=4), 20)
