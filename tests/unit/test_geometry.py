@@ -196,6 +196,8 @@ def test_an_image_as_seen_from_before_the_gantry_contradicts_no_patient_position
         for b in DOWN
         if not geometry.contradicts(a + b, tuple(map(float, seen)))
     ]
+    # A Patient Position that is told in another way, or not, contradicts nothing.
+    assert not any(geometry.contradicts(p, tuple(map(float, seen))) for p in ("", "SITTING"))
     # That image of head first supine is also how scanners turn all the others.
     assert agreeing == (
         [a + b for a in ("HF", "FF") for b in DOWN] if seen == AXIAL else [first + lying]
