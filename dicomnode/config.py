@@ -136,6 +136,11 @@ class Peer(_Section):
         pattern=r"^[^\\]*$",
         description="Issuer of Patient ID (0010,0021) taken for objects of this peer without one.",
     )
+    corrects: bool = Field(
+        default=True,
+        description="Whether a Series may move to another patient or Study by what this peer "
+        "sends. False for an archive in which patients are not corrected.",
+    )
 
 
 class NodeSettings(_Section):
