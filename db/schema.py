@@ -102,6 +102,11 @@ class Series(Base):
     # DICOM keyword -> text of one of its Instances, for objects that refer to the Series: of the
     # patient, so it leaves the database in these alone. Null: it came before schema 0005.
     header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    # SOP Instance UID -> PatientID, issuer, Study Instance UID, of Instances that last said
+    # otherwise than this row: once they are most, it moves there. Null: none.
+    dissent: Mapped[dict[str, list[str]] | None] = mapped_column(JSON(none_as_null=True))
+    # (PatientID, issuer) of whom it was taken for before; null: of nobody.
+    former: Mapped[list[list[str]] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class Slice(Base):

@@ -551,6 +551,7 @@ def test_who_is_unknown_or_ambiguous_is_not_merged_by_mistake(node, cli):
     assert "several issuers, 'HOSPITAL', 'OTHER'" in cli("merge", "A", "B", status=2).output
     cli("merge", "A^^^HOSPITAL", "A^^^HOSPITAL", status=2)
     cli("merge", "", "B", status=2)
+    assert "placeholder" in cli("merge", "B", "N/A", "--force", status=2).output
     cli("merge", "A" * 65, "B", "--force", status=2)
     found = json.loads(cli("merge", "Z", "B", "--force", "--json").output)
     assert found["merged"] == {"patient_id": "Z", "issuer": "HOME"}
