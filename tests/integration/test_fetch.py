@@ -71,7 +71,7 @@ def arrive(
         for k in range(count)
     ]
     with store.writing(engine) as session:
-        store.record_slices(session, MODEL, results, ask)
+        store.record_slices(session, MODEL, results, priors=ask)
 
 
 def prior(
@@ -282,7 +282,8 @@ def test_a_corrected_patient_is_asked_for_anew(run, pacs):
 
 def test_a_rolled_back_arrival_asks_for_nothing(run):
     with pytest.raises(ZeroDivisionError), store.writing(run.engine) as session:
-        store.record_slices(session, MODEL, [scored(f"{NEW}.1", 0, at=NOW, study_uid=NEW)], ASK)
+        results = [scored(f"{NEW}.1", 0, at=NOW, study_uid=NEW)]
+        store.record_slices(session, MODEL, results, priors=ASK)
         raise ZeroDivisionError
     assert run.inquiries() == {}
 
@@ -535,7 +536,7 @@ def test_two_workers_that_store_the_same_studies_do_not_wait_for_each_other(node
         ]
         try:
             with store.writing(node) as session:
-                store.record_slices(session, MODEL, results, ASK)
+                store.record_slices(session, MODEL, results, priors=ASK)
         except BaseException as exc:
             failed.append(exc)
 
@@ -797,9 +798,9 @@ def test_an_older_attempt_does_not_settle_what_was_asked_for_anew(node):
 def test_the_exchange_has_a_service_for_each_who_is_asked(node, tmp_path):
     web = {"name": "web", "url": "http://127.0.0.1:9"}
     conf = settings(tmp_path, dicomweb=[web], catch_up=["VNA", "PACS"])
+    others = [service.name for service in exchange.services_of(settings(tmp_path, peers=[]), node)]
     names = [service.name for service in exchange.services_of(conf, node)]
-    assert names == ["catch up", "fetch PACS", "fetch web", "fetch VNA"]
-    assert exchange.services_of(Settings(), node) == []
+    assert names == [*others, "catch up", "fetch PACS", "fetch web", "fetch VNA"]
 
 
 def cli(database_url: str, tmp_path: Path, *arguments: str) -> Result:
