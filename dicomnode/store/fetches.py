@@ -334,9 +334,17 @@ def dates_of_studies(session: Session, patient: PatientKey, asked_by: str) -> di
 
 
 def expected_of(session: Session, series_uid: str) -> int | None:
-    """Return how many Instances a Series has, where a peer was asked for it and told."""
+    """Return how many Instances of a Series will come, where we had a peer send it as a prior.
+
+    Of one that is only caught up with, or that comes before it was asked for, the archive's count
+    tells nothing: it is forwarded slice by slice, and grows there while it does.
+    """
     return session.scalar(
-        select(schema.Fetch.expected).where(schema.Fetch.series_uid == series_uid)
+        select(schema.Fetch.expected).where(
+            schema.Fetch.series_uid == series_uid,
+            schema.Fetch.cause == FetchCause.PRIOR,
+            schema.Fetch.attempts > 0,
+        )
     )
 
 

@@ -587,6 +587,23 @@ def test_the_count_that_a_peer_told_completes_a_series_at_once(run, pacs):
         assert store.next_completion(series, NOW, DAY) is Evidence.EXPECTED_COUNT
 
 
+def test_a_count_of_what_comes_by_itself_completes_nothing(run, pacs):
+    (missed,) = prior(pacs, "1.2.1", TODAY, counts=(12,), patient=PatientKey("P7"))
+    (early,) = prior(pacs, "1.2.2", date(2025, 1, 1), counts=(12,))
+    ask_day(run.engine)
+    arrive(run.engine)
+    while set(run.fetches()) != {missed, early}:  # both are ordered, and neither is asked for yet
+        assert run.step()
+    # The forward of one begins, and somebody sends the other: neither needs to end at 12.
+    for uid in (missed, early):
+        arrive(run.engine, uid[:-2], series_uid=uid, count=12)
+    with store.reading(run.engine) as session:
+        found = {s.series_uid: s for s in store.open_series(session)}
+    for uid in (missed, early):
+        assert found[uid].expected is None
+        assert store.next_completion(found[uid], NOW, DAY) is None
+
+
 # Catching up
 
 
