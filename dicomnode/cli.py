@@ -984,13 +984,15 @@ def merge(merged: str, into: str, force: bool, config: Path | None, as_json: boo
     """
     from dicomnode import present, store
 
-    default = configuration.load(_config_path(config)).node.default_issuer
+    settings = configuration.load(_config_path(config))
+    default = settings.node.default_issuer
+    priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
     with _database(config) as engine:
         with store.writing(engine) as session:
             keys = [_patient_key(session, text, default, force) for text in (merged, into)]
             try:
-                source, now = store.LinkSource.CLI, datetime.now(UTC)
-                changed = store.link_patients(session, keys[0], keys[1], source, now)
+                how = store.LinkSource.CLI, datetime.now(UTC), "", priors
+                changed = store.link_patients(session, keys[0], keys[1], *how)
             except ValueError as exc:
                 raise click.UsageError(str(exc)) from exc
     link = changed.link

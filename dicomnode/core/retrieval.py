@@ -76,6 +76,30 @@ def of_patient(
     return [answer for answer, issuer in zip(same, issuers, strict=True) if issuer in allowed]
 
 
+def of_keys(
+    answers: Mapping[str, Sequence[StudyAnswer]],
+    keys: Iterable[PatientKey],
+    default_issuer: str,
+    *,
+    required: bool,
+) -> list[StudyAnswer]:
+    """Return the answers that are about a patient of several keys, each Study once.
+
+    Parameters
+    ----------
+    answers
+        Patient ID that was asked for -> what was answered.
+    keys, default_issuer, required
+        See `of_patient`, which looks at each key.
+    """
+    found: dict[str, StudyAnswer] = {}
+    for key in keys:
+        told = answers.get(key.patient_id, ())
+        for answer in of_patient(told, key, default_issuer, required=required):
+            found.setdefault(answer.study_uid, answer)
+    return list(found.values())
+
+
 def priors(
     answers: Iterable[StudyAnswer],
     study_uid: str,

@@ -9,9 +9,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.audit import MINOR_FAILURE, SUCCESS, Act, AuditLog
@@ -19,7 +21,7 @@ from dicomnode.config import Settings, hours_of_day
 from dicomnode.core import retrieval
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable, TransientError
-from dicomnode.model import FetchCause, FetchState
+from dicomnode.model import FetchCause, FetchState, PatientKey
 from dicomnode.scu.archive import Archive, Conversation
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,20 @@ NOT_ASKABLE = (
 )
 HERE = "it is here already"
 GONE = "the Study is not here any more"
+
+
+@dataclass(frozen=True, slots=True)
+class _Patient:
+    """Whose a Study is: every key of today's patient, and the time of the Study."""
+
+    keys: tuple[PatientKey, ...]
+    study_datetime: datetime | None
+
+    @property
+    def patient_ids(self) -> list[str]:
+        """Patient IDs that a question can be asked for, each once."""
+        ids = dict.fromkeys(key.patient_id for key in self.keys)
+        return [patient_id for patient_id in ids if retrieval.is_askable(patient_id)]
 
 
 class Fetcher:
@@ -137,33 +153,41 @@ class Fetcher:
                 return True
         elif claimed.cause is FetchCause.PRIOR:
             with store.reading(self._engine) as session:
-                found = store.patient_of_study(session, claimed.subject)
-            if found is None or not retrieval.is_askable(found[0].patient_id):
-                self._settle(claimed, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
+                patient = self._patient(session, claimed.subject)
+            if patient is None or not patient.patient_ids:
+                self._settle(claimed, FetchState.DROPPED, reason=NOT_ASKABLE if patient else GONE)
                 return True
         return False
+
+    def _patient(self, session: Session, study_uid: str) -> _Patient | None:
+        """Return whose a Study is today, None where it is not here."""
+        found = store.patient_of_study(session, study_uid)
+        if found is None:
+            return None
+        return _Patient(tuple(store.patient_keys(session, found[0])), found[1])
 
     def _ask_for_priors(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
         study_uid = inquiry.subject
         with store.reading(self._engine) as session:
-            found = store.patient_of_study(session, study_uid)
-            known = store.dates_of_studies(session, found[0], study_uid) if found else {}
-        if found is None or not retrieval.is_askable(found[0].patient_id):  # by now
-            self._settle(inquiry, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
+            patient = self._patient(session, study_uid)
+            known = store.dates_of_studies(session, patient.keys, study_uid) if patient else {}
+        if patient is None or not patient.patient_ids:  # by now
+            self._settle(inquiry, FetchState.DROPPED, reason=NOT_ASKABLE if patient else GONE)
             return
-        patient, when = found
-        day = when.date() if when else self._today()
+        day = patient.study_datetime.date() if patient.study_datetime else self._today()
         years = self._settings.years
-        with self._audited(Act.QUERY, by_patient=True, study_uid=study_uid) as told:
-            answers = conversation.find_studies(
-                patient_id=patient.patient_id,
-                days=(retrieval.earliest(day, years), day),
-                most=MAX_STUDIES_OF_PATIENT,
-            )
-            told["studies"] = len(answers)
-        own = retrieval.of_patient(
+        answers: dict[str, list[StudyAnswer]] = {}
+        for patient_id in patient.patient_ids:
+            with self._audited(Act.QUERY, by_patient=True, study_uid=study_uid) as told:
+                answers[patient_id] = conversation.find_studies(
+                    patient_id=patient_id,
+                    days=(retrieval.earliest(day, years), day),
+                    most=MAX_STUDIES_OF_PATIENT,
+                )
+                told["studies"] = len(answers[patient_id])
+        own = retrieval.of_keys(
             answers,
-            patient,
+            patient.keys,
             self._archive.default_issuer,
             required=self._settings.issuer == "required",
         )
@@ -179,7 +203,8 @@ class Fetcher:
                 counted += 1  # here, and unknown to this peer
         orders = self._orders(inquiry, own, wanted)
         reason = None
-        if others := len(answers) - len(own):
+        named = {answer.study_uid for told in answers.values() for answer in told}
+        if others := len(named - {answer.study_uid for answer in own}):
             reason = f"{others} Studies of the answer are not known to be of this patient"
             logger.warning(
                 "answers of other patients", extra={"peer": self._peer, "studies": others}

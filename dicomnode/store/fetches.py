@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import FetchCause, FetchState, PatientKey
+from dicomnode.store.identity import of_keys
 from dicomnode.store.session import insert
 
 CAUSES = tuple(FetchCause)
 DAY = "%Y%m%d"
+# Of a patient whose keys changed, so many are looked at for one that is recent and no prior itself.
+NEWEST = 50
 _PART = 10_000  # SQLite takes 32,766 parameters in a statement
 
 Counts = tuple[int | None, int | None, int | None]  # Instances completed, failed, with a warning
@@ -94,23 +97,44 @@ def ask_priors(
     now: datetime,
     *,
     anew: bool = False,
-) -> None:
+) -> bool:
     """Ask for earlier Studies of a patient, in the transaction that stores the first of a new one.
 
     Once for each Study; `anew` where who the patient is was corrected. A Study that was itself
-    asked for as a prior asks for none.
+    asked for as a prior asks for none, nor does an old one: then it is False.
     """
     if not ask.peers or not patient.known:
-        return
+        return False
     # Local time, as the scanner wrote it: a day more or less does not matter here.
     if ask.recent_days and study_datetime is not None:
         if study_datetime.date() < (now - timedelta(days=ask.recent_days)).date():
-            return
+            return False
     is_prior = and_(schema.Fetch.study_uid == study_uid, schema.Fetch.cause == FetchCause.PRIOR)
     if session.scalar(select(exists().where(is_prior))):
-        return
+        return False
     for peer in sorted(ask.peers):  # one order, so that two workers cannot deadlock
         _ask(session, FetchCause.PRIOR, peer, study_uid, now, anew=anew)
+    return True
+
+
+def ask_priors_of(
+    session: Session, ask: AskPriors, keys: Sequence[PatientKey], now: datetime
+) -> None:
+    """Ask anew for earlier Studies of a patient whose keys have changed, for the newest Study."""
+    if not ask.peers:
+        return
+    columns = schema.Series
+    newest = func.max(columns.study_datetime)
+    rows = session.execute(
+        select(columns.study_uid, newest)
+        .where(of_keys(columns.patient_id, columns.issuer, keys), columns.modality == "CT")
+        .group_by(columns.study_uid)
+        .order_by(newest.desc().nulls_last(), columns.study_uid)
+        .limit(NEWEST)
+    )
+    for study_uid, when in rows.all():
+        if ask_priors(session, ask, study_uid, keys[0], when, now, anew=True):
+            return
 
 
 def ask_days(session: Session, peer: str, days: Iterable[date], now: datetime) -> None:
@@ -309,15 +333,16 @@ def patient_of_study(session: Session, study_uid: str) -> tuple[PatientKey, date
     return None if row is None else (PatientKey(row[0], row[1]), row[2])
 
 
-def dates_of_studies(session: Session, patient: PatientKey, asked_by: str) -> dict[str, date]:
-    """Return Study -> date of the patient's Studies with CT that are here or on order.
+def dates_of_studies(
+    session: Session, keys: Sequence[PatientKey], asked_by: str
+) -> dict[str, date]:
+    """Return Study -> date of a patient's Studies with CT that are here or on order.
 
     On order is what the Study `asked_by` asked for before, of another peer.
     """
     here = session.execute(
         select(schema.Series.study_uid, schema.Series.study_datetime).where(
-            schema.Series.patient_id == patient.patient_id,
-            schema.Series.issuer == patient.issuer,
+            of_keys(schema.Series.patient_id, schema.Series.issuer, keys),
             schema.Series.modality == "CT",
         )
     )

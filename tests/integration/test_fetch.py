@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.audit import AuditLog
 from dicomnode.cli import main
-from dicomnode.config import Settings
+from dicomnode.config import Settings, load
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import PeerRefused, PeerUnavailable
 from dicomnode.model import Evidence, FetchCause, FetchState, PatientKey
@@ -24,6 +24,7 @@ from dicomnode.node import exchange
 from dicomnode.node import fetch as module
 from dicomnode.node.catch_up import CatchUp
 from dicomnode.node.fetch import Fetcher
+from dicomnode.node.hl7 import HL7Listener
 from dicomnode.scu.move import Retrieved
 from dicomnode.store import AskPriors, Order, intake
 from tests.archives import AWAY, Books
@@ -278,6 +279,77 @@ def test_a_corrected_patient_is_asked_for_anew(run, pacs):
     arrive(run.engine, patient=other, at=NOW + HOUR)
     run.after(HOUR)
     assert pacs.retrieved == [uid]
+
+
+OLD = PatientKey("OLD", PATIENT.issuer)
+
+
+def merge(engine: Engine, merged: PatientKey, into: PatientKey) -> None:
+    with store.writing(engine) as session:
+        store.link_patients(session, merged, into, store.LinkSource.HL7, NOW, priors=ASK)
+
+
+def test_priors_are_asked_for_under_every_key_of_the_patient(run, pacs):
+    """The archive has earlier Studies under the number of before the merge."""
+    (old,) = prior(pacs, "1.2.1", date(2025, 1, 1), patient=OLD)
+    (own,) = prior(pacs, "1.2.2", date(2024, 1, 1))
+    (odd,) = prior(pacs, "1.2.3", date(2023, 1, 1), patient=PatientKey("A*", PATIENT.issuer))
+    prior(pacs, "1.2.4", date(2025, 1, 2), patient=PatientKey("OLD", "ELSEWHERE"))
+    known = {"patient": OLD, "study_datetime": datetime(2022, 1, 1)}
+    arrive(run.engine, "1.2.5", series_uid="1.2.5.1", count=40, at=NOW - DAY, ask=None, **known)
+    merge(run.engine, OLD, PATIENT)
+    merge(run.engine, PatientKey("A*", PATIENT.issuer), PATIENT)
+    assert run.inquiries() == {}  # nothing of late
+    arrive(run.engine)
+    run.steps()
+    assert pacs.retrieved == [old, own]
+    assert odd not in run.fetches()
+    asked = [what[0] for call, what in pacs.calls if call == "find_studies"]
+    assert sorted(asked) == ["OLD", "P1"]
+    assert "1 Studies" in (run.inquiries()[NEW].reason or "")
+
+
+def test_a_merge_asks_anew_for_the_newest_study(run, pacs):
+    """An emergency gets a number of its own, and HL7 says later who that was."""
+    emergency = PatientKey("TEMP", PATIENT.issuer)
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1))
+    arrive(run.engine, "1.2.901", patient=emergency, study_datetime=datetime(2026, 3, 1))
+    arrive(run.engine, patient=emergency)
+    run.steps()
+    assert pacs.retrieved == []
+    merge(run.engine, emergency, PATIENT)
+    run.steps()
+    assert pacs.retrieved == [uid]
+    assert run.fetches()[uid].what.asked_by == NEW
+    arrive(run.engine, "1.2.1", series_uid=uid, count=40, study_datetime=datetime(2025, 1, 1))
+    # Said once more, it asks nobody; and what came as a prior asks for none by another merge.
+    questions = pacs.count("find_studies")
+    merge(run.engine, emergency, PATIENT)
+    assert run.steps() == 0 and pacs.count("find_studies") == questions
+    merge(run.engine, OLD, PATIENT)
+    assert {i.subject: i.version for i in run.inquiries().values()} == {NEW: 3, "1.2.901": 1}
+
+
+@pytest.mark.parametrize("how", ["hl7", "command"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_whoever_merges_asks_whom_the_settings_say(run, database_url, tmp_path, how):
+    arrive(run.engine, study_datetime=datetime(2020, 1, 1), patient=OLD, ask=None)
+    own = f'[database]\nurl = "{database_url}"\n[spool]\npath = "{tmp_path / "spool"}"\n'
+    peer = '{ ae_title = "PACS", host = "127.0.0.1", port = 104 }'
+    node = f'[node]\npeers = [{peer}]\n[priors]\npeers = ["PACS"]\nrecent_days = 0\n'
+    config = tmp_path / "node.toml"
+    config.write_text(own + node + '[hl7]\nport = 0\nissuers = { ADT = "HOSPITAL" }\n')
+    if how == "command":
+        said = ["patient", "merge", "OLD^^^HOSPITAL", "P1^^^HOSPITAL", "--force"]
+        done = CliRunner().invoke(main, [*said, "--config", str(config)])
+        assert done.exit_code == 0, done.output
+    else:
+        head = "MSH|^~\\&|ADT|KIS|NODE|RAD|20260501123000||ADT^A40^ADT_A39|M1|P|2.5.1"
+        text = f"{head}\rEVN|A40|20260501\rPID|||P1^^^ADT||DOE^JANE\rMRG|OLD^^^ADT\r"
+        with contextlib.closing(HL7Listener(load(config), run.engine)) as listener:
+            answer = listener._answer(text.encode(), "127.0.0.1", whole=True)
+        assert answer is not None and b"MSA|AA" in answer
+    assert set(run.inquiries()) == {NEW}
 
 
 def test_a_rolled_back_arrival_asks_for_nothing(run):
