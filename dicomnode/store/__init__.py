@@ -43,9 +43,9 @@ from dicomnode.store.fetches import (
     AskPriors,
     Counts,
     Fetch,
-    Held,
     Inquiry,
     Order,
+    Sent,
     ask_days,
     ask_priors,
     asked_days,
@@ -53,10 +53,9 @@ from dicomnode.store.fetches import (
     claim_inquiry,
     dates_of_studies,
     has_due,
-    held_series,
     list_fetches,
     list_inquiries,
-    order_series,
+    note_expected,
     patient_of_study,
     renew_lease,
     requeue_fetches,
@@ -79,6 +78,12 @@ from dicomnode.store.intake import (
     record_model,
     record_quarantined,
     record_slices,
+)
+from dicomnode.store.orders import (
+    Held,
+    hand_over,
+    held_series,
+    order_series,
 )
 from dicomnode.store.outbox import (
     Ask,
@@ -131,8 +136,10 @@ from dicomnode.store.session import available, opened, reading, sqlite_file, wri
 from dicomnode.store.sources import KnownSource, source_of
 from dicomnode.store.tally import Tally, tally
 from dicomnode.store.turns import (
+    WORKER,
     PeerTurn,
     beat,
+    charge,
     last_beat,
     list_turns,
     may_ask,
@@ -153,6 +160,7 @@ from dicomnode.store.values import (
 )
 
 __all__ = [
+    "WORKER",
     "Ask",
     "AskPriors",
     "Changed",
@@ -176,6 +184,7 @@ __all__ = [
     "Page",
     "PeerTurn",
     "PendingOffset",
+    "Sent",
     "SeriesRow",
     "SliceResult",
     "StaleSeries",
@@ -189,6 +198,7 @@ __all__ = [
     "asked_days",
     "available",
     "beat",
+    "charge",
     "claim_commitments",
     "claim_deliveries",
     "claim_fetch",
@@ -217,6 +227,7 @@ __all__ = [
     "find_histogram",
     "find_page",
     "finish_series",
+    "hand_over",
     "has_due",
     "has_lost_associations",
     "has_previews",
@@ -248,6 +259,7 @@ __all__ = [
     "next_commitment_at",
     "next_completion",
     "next_delivery_at",
+    "note_expected",
     "offsets_of",
     "open_series",
     "open_slices",

@@ -1,6 +1,6 @@
 """What peers are asked for: questions to them, and the Series that follow from the answers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -14,10 +14,14 @@ from dicomnode.store.identity import of_keys
 from dicomnode.store.session import insert
 
 CAUSES = tuple(FetchCause)
+UNDER_WAY = (FetchState.WAITING, FetchState.SENT)
+ENDED = (FetchState.DONE, FetchState.FAILED, FetchState.DROPPED)
+# Longer than any pause between attempts, lease, or `priors.settle_seconds`.
+LONGEST = timedelta(days=2)
 DAY = "%Y%m%d"
 # Of a patient whose keys changed, so many are looked at for one that is recent and no prior itself.
 NEWEST = 50
-_PART = 10_000  # SQLite takes 32,766 parameters in a statement
+NEVER_SENT = {"sent_at": None, "held_before": None, "fruitless": 0}
 
 Counts = tuple[int | None, int | None, int | None]  # Instances completed, failed, with a warning
 
@@ -78,14 +82,19 @@ class Fetch:
     completed: int | None
     failed: int | None
     warning: int | None
+    others: tuple[str, ...] = ()  # peers that have it, too
+    sent_at: datetime | None = None  # when a peer last said that it sent some of it
+    held_before: int | None = None  # Instances that were here before that
+    fruitless: int = 0  # times in a row that it was sent, and nothing new was here after
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is here of a Series."""
+class Sent:
+    """What a peer says that it sent of a Series, and how that compares with before."""
 
-    received: int  # distinct Instances
-    last_arrival_at: datetime
+    at: datetime
+    held_before: int  # Instances
+    fruitless: int
 
 
 def ask_priors(
@@ -200,6 +209,17 @@ def renew_lease(session: Session, claimed: Inquiry | Fetch, until: datetime) -> 
     return found.scalar() is not None
 
 
+def note_expected(session: Session, fetch: Fetch, expected: int) -> None:
+    """Note how many Instances of a Series a peer is about to send; it may have grown there."""
+    row = schema.Fetch
+    session.execute(
+        update(row)
+        .where(row.id == fetch.id, row.version == fetch.version)
+        .where(or_(row.expected.is_(None), row.expected < expected))
+        .values(expected=expected)
+    )
+
+
 def settle_inquiry(
     session: Session,
     inquiry: Inquiry,
@@ -223,7 +243,7 @@ def settle_inquiry(
     values: dict[str, Any] = {} if found is None else {"studies": found[0], "series": found[1]}
     if not is_attempt:
         values["attempts"] = inquiry.attempts - 1
-    return _settle(session, schema.Inquiry, inquiry, state, now, due_at, reason, values)
+    return _settle(session, inquiry, state, now, due_at, reason, values)
 
 
 def settle_fetch(
@@ -236,7 +256,10 @@ def settle_fetch(
     reason: str | None = None,
     counts: Counts | None = None,
     expected: int | None = None,
+    sent: Sent | None = None,
+    fruitless: int | None = None,
     is_attempt: bool = True,
+    else_ask: Collection[str] = (),
 ) -> bool:
     """Note how asking for a Series went; False where it was asked for anew meanwhile.
 
@@ -245,81 +268,46 @@ def settle_fetch(
     counts
         Instances completed, failed, and completed with a warning; None: it did not come so far.
     expected
-        What the peer says now, where it says something.
+        What the peer says now, where it says something. The most is kept: a count that goes up
+        and down again is no growth.
+    sent
+        None: nothing was sent.
+    fruitless
+        How often in a row it was sent for nothing, where that is known without a further sending.
     is_attempt
         Whether it was tried at all.
+    else_ask
+        Peers that may be asked instead: the next one of those that have it is, at once until each
+        had its turn.
     """
-    values: dict[str, Any] = {}
+    row = session.get_one(schema.Fetch, fetch.id, with_for_update=True, populate_existing=True)
+    if row.version != fetch.version:
+        return False
+    row.state, row.reason, row.due_at = state, reason, due_at or now
+    row.done_at = now if state in ENDED else None
     if counts is not None:
-        values |= dict(zip(("completed", "failed", "warning"), counts, strict=True))
+        row.completed, row.failed, row.warning = counts
     if expected is not None:
-        values["expected"] = expected
+        row.expected = max(expected, row.expected or 0)
+    if sent is not None:
+        row.sent_at, row.held_before, row.fruitless = sent.at, sent.held_before, sent.fruitless
+    elif fruitless is not None:
+        row.fruitless = fruitless
     if not is_attempt:
-        values["attempts"] = fetch.attempts - 1
-    return _settle(session, schema.Fetch, fetch, state, now, due_at, reason, values)
+        row.attempts = fetch.attempts - 1
+    if hand_on(row, else_ask) and (not is_attempt or fetch.attempts <= len(row.others)):
+        row.due_at = now
+    session.flush()
+    return True
 
 
-def order_series(
-    session: Session, orders: Sequence[Order], now: datetime, due_at: datetime
-) -> list[str]:
-    """Ask for Series, in the transaction that settles the question they follow from.
-
-    What was asked for before is not asked for again, but where the peer has more of it now, or
-    where it was given up and another subject asks. Why it was asked for first stays: a Study that
-    came as a prior is no new one, whatever follows.
-
-    Returns
-    -------
-    list of str
-        UIDs of the Series that are asked for now.
-    """
-    ordered = []
-    for order in sorted(orders, key=lambda o: o.series_uid):
-        values = {
-            "series_uid": order.series_uid,
-            "study_uid": order.study_uid,
-            "peer": order.peer,
-            "cause": order.cause,
-            "asked_by": order.asked_by,
-            "study_date": order.study_date.strftime(DAY) if order.study_date else "",
-            "expected": order.expected,
-            "version": 1,
-            "state": FetchState.WAITING,
-            "attempts": 0,
-            "asked_at": now,
-            "due_at": due_at,
-        }
-        anew = {
-            k: values[k]
-            for k in ("peer", "asked_by", "expected", "state", "attempts", "asked_at", "due_at")
-        }
-        fetch = schema.Fetch
-        given_up = and_(fetch.state == FetchState.FAILED, fetch.asked_by != order.asked_by)
-        grown = and_(fetch.state != FetchState.WAITING, fetch.expected < (order.expected or 0))
-        done = session.execute(
-            insert(session, fetch)
-            .values(values)
-            .on_conflict_do_update(
-                index_elements=["series_uid"],
-                set_={**anew, "done_at": None, "reason": None, "version": fetch.version + 1},
-                where=or_(given_up, grown),
-            )
-            .returning(fetch.id)
-        )
-        if done.scalar() is not None:
-            ordered.append(order.series_uid)
-    return ordered
-
-
-def held_series(session: Session, series_uids: Iterable[str]) -> dict[str, Held]:
-    """Return what is here of these Series."""
-    uids, found = sorted(set(series_uids)), {}
-    columns = (schema.Series.series_uid, schema.Series.received, schema.Series.last_arrival_at)
-    for at in range(0, len(uids), _PART):
-        query = select(*columns).where(schema.Series.series_uid.in_(uids[at : at + _PART]))
-        for uid, received, last_arrival_at in session.execute(query):
-            found[uid] = Held(received, last_arrival_at)
-    return found
+def hand_on(row: schema.Fetch, allowed: Collection[str]) -> bool:
+    """Let the next of the other peers be asked for a Series; False where there is none."""
+    if not (found := [peer for peer in row.others if peer in allowed]):
+        return False
+    row.others = [*(peer for peer in row.others if peer != found[0]), row.peer]
+    row.peer = found[0]
+    return True
 
 
 def patient_of_study(session: Session, study_uid: str) -> tuple[PatientKey, datetime | None] | None:
@@ -411,6 +399,8 @@ def requeue_fetches(session: Session, now: datetime, uids: Sequence[str] = ()) -
     for table, is_named in subjects.items():
         given_up = update(table).where(table.state == FetchState.FAILED)
         anew = {"state": FetchState.WAITING, "version": table.version + 1, "attempts": 0}
+        if table is schema.Fetch:
+            anew |= NEVER_SENT
         found = session.execute(
             (given_up.where(is_named) if uids else given_up)
             .values({**anew, "asked_at": now, "due_at": now, "done_at": None})
@@ -453,12 +443,12 @@ def _ask(
 def _due(
     table: Table, peer: str, now: datetime, causes: Sequence[FetchCause]
 ) -> ColumnElement[bool]:
-    return and_(
-        table.peer == peer,
-        table.state == FetchState.WAITING,
-        table.due_at <= now,
-        table.cause.in_(causes),
-    )
+    # What waits for longer than anything does was put off before the clock was set back.
+    due = or_(table.due_at <= now, table.due_at > now + LONGEST)
+    waiting = and_(table.state == FetchState.WAITING, table.cause.in_(causes))
+    # To look at what came needs no peer, and so no hours.
+    state = or_(waiting, table.state == FetchState.SENT)
+    return and_(table.peer == peer, table.state.in_(UNDER_WAY), due, state)
 
 
 def _claim(
@@ -477,15 +467,14 @@ def _claim(
     row = session.scalars(query).first()
     if row is not None:
         row.due_at = now + lease
-        row.attempts += 1
+        row.attempts += row.state == FetchState.WAITING
         session.flush()
     return row
 
 
 def _settle(
     session: Session,
-    table: Table,
-    claimed: Inquiry | Fetch,
+    claimed: Inquiry,
     state: FetchState,
     now: datetime,
     due_at: datetime | None,
@@ -498,11 +487,12 @@ def _settle(
         "due_at": due_at or now,
         "done_at": None if state is FetchState.WAITING else now,
     }
+    asked = schema.Inquiry
     found = session.execute(
-        update(table)
-        .where(table.id == claimed.id, table.version == claimed.version)
+        update(asked)
+        .where(asked.id == claimed.id, asked.version == claimed.version)
         .values({**values, **more})
-        .returning(table.id)
+        .returning(asked.id)
     )
     return found.scalar() is not None
 
@@ -556,4 +546,8 @@ def _fetch(row: schema.Fetch) -> Fetch:
         completed=row.completed,
         failed=row.failed,
         warning=row.warning,
+        others=tuple(row.others),
+        sent_at=row.sent_at,
+        held_before=row.held_before,
+        fruitless=row.fruitless,
     )
