@@ -1,5 +1,6 @@
 """What peers are asked for: questions to them, and the Series that follow from the answers."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -384,6 +385,23 @@ def list_fetches(
     """Return Series that peers are asked for, those asked for last first."""
     query = select(schema.Fetch).order_by(schema.Fetch.id.desc()).limit(limit)
     return [_fetch(row) for row in session.scalars(_filtered(query, schema.Fetch, state, peer))]
+
+
+def count_fetches(
+    session: Session, peers: Collection[str], since: datetime
+) -> dict[FetchState, int]:
+    """Return how many questions and Series are under way, and were given up since a time."""
+    counts: Counter[FetchState] = Counter()
+    for table in (schema.Inquiry, schema.Fetch):
+        given_up = and_(table.state == FetchState.FAILED, table.done_at >= since)
+        rows = session.execute(
+            select(table.state, func.count())
+            .where(table.peer.in_(peers), table.state.in_((*UNDER_WAY, FetchState.FAILED)))
+            .where(or_(table.state.in_(UNDER_WAY), given_up))
+            .group_by(table.state)
+        )
+        counts.update({FetchState(state): count for state, count in rows})
+    return dict(counts)
 
 
 def requeue_fetches(session: Session, now: datetime, uids: Sequence[str] = ()) -> int:
