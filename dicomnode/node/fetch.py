@@ -9,20 +9,18 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.audit import MINOR_FAILURE, SUCCESS, Act, AuditLog
 from dicomnode.config import Settings, hours_of_day
 from dicomnode.core import retrieval
-from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable, TransientError
-from dicomnode.model import FetchCause, FetchState, PatientKey
+from dicomnode.model import FetchCause, FetchState
 from dicomnode.scu.archive import Archive, Conversation
+from dicomnode.scu.questions import Questions, lacks
 
 logger = logging.getLogger(__name__)
 
@@ -38,49 +36,11 @@ FRUITLESS = 2
 OWN_DOWN = timedelta(minutes=10)
 # Between looks whether the worker took what was sent.
 BEHIND = timedelta(seconds=5)
-# Studies of a day that are looked into in one turn; in between others have theirs.
-LOOKS_A_TURN = 10
 # After a failure to reach a peer at all.
 AWAY = tuple(timedelta(seconds=s) for s in (30, 120, 600, 1800))
-# Studies of one patient: a peer that answers more passes over the Patient ID.
-MAX_STUDIES_OF_PATIENT = 1000
-MAX_STUDIES_OF_DAY = 20_000
-# Of the Studies of a patient, newest first, so many are looked into for CT Series at most.
-MAX_LOOKED_INTO = 50
 
-NOT_ASKABLE = (
-    "its Patient ID has a character that a question takes for a wild card or for two values"
-)
 HERE = "it is here already"
 OWN_PORT = "our own receiver does not listen, and so nobody can send to us"
-GONE = "the Study is not here any more"
-
-
-@dataclass(frozen=True, slots=True)
-class _Patient:
-    """Whose a Study is: every key of today's patient, and the time of the Study."""
-
-    keys: tuple[PatientKey, ...]
-    study_datetime: datetime | None
-
-    @property
-    def patient_ids(self) -> list[str]:
-        """Patient IDs that a question can be asked for, each once."""
-        ids = dict.fromkeys(key.patient_id for key in self.keys)
-        return [patient_id for patient_id in ids if retrieval.is_askable(patient_id)]
-
-
-@dataclass(slots=True)
-class _Pass:
-    """How far a day was looked into."""
-
-    # Study -> how much the peer has of it where all of that is here, None where some lacks.
-    looked_into: dict[str, tuple[int, int] | None]
-    series: int  # asked for
-
-
-def _lacks(expected: int | None, held: store.Held) -> bool:
-    return retrieval.is_missing(expected, held.received, held.rejected)
 
 
 def _fruitless(fetch: store.Fetch, received: int) -> int:
@@ -105,10 +65,7 @@ class Fetcher:
         self._give_up = timedelta(hours=settings.priors.give_up_hours)
         # Who may be asked in our stead: somebody asks them.
         self._else_ask = tuple(name for name in settings.priors.asked if name != archive.name)
-        # Day -> Study -> how much the peer had of it when all of that was here.
-        self._complete: dict[str, dict[str, tuple[int, int]]] = {}
-        # Day and version of its question -> what was looked into in turns before this one.
-        self._passes: dict[tuple[str, int], _Pass] = {}
+        self._questions = Questions(settings, engine, archive, self._audited)
         self._began = (datetime.min.replace(tzinfo=UTC), 0.0)
         self._requests = 0  # of this turn
 
@@ -139,10 +96,8 @@ class Fetcher:
             try:
                 if isinstance(claimed, store.Fetch):
                     self._fetch(conversation, claimed)
-                elif claimed.cause is FetchCause.PRIOR:
-                    self._ask_for_priors(conversation, claimed)
                 else:
-                    self._ask_for_day(conversation, claimed)
+                    self._ask(conversation, claimed)
             except (PeerUnavailable, PeerRefused) as exc:
                 self._retry(claimed, str(exc))
             except TransientError:  # ours: the database
@@ -177,19 +132,16 @@ class Fetcher:
         """Settle what needs no peer; False where one is to be asked."""
         if isinstance(claimed, store.Fetch):
             return self._is_settled_by_what_is_here(claimed)
-        if claimed.cause is FetchCause.PRIOR:
-            with store.reading(self._engine) as session:
-                patient = self._patient(session, claimed.subject)
-            if patient is None or not patient.patient_ids:
-                self._settle(claimed, FetchState.DROPPED, reason=NOT_ASKABLE if patient else GONE)
-                return True
-        return False
+        why_not = self._questions.why_not(claimed)
+        if why_not:
+            self._settle(claimed, FetchState.DROPPED, reason=why_not)
+        return bool(why_not)
 
     def _is_settled_by_what_is_here(self, fetch: store.Fetch) -> bool:
         held = self._held([fetch.what.series_uid]).get(fetch.what.series_uid)
         received = held.received if held else 0
         now = self._now()
-        if held and fetch.state is FetchState.WAITING and not _lacks(fetch.what.expected, held):
+        if held and fetch.state is FetchState.WAITING and not lacks(fetch.what.expected, held):
             self._settle(fetch, FetchState.DROPPED, reason=HERE)
             return True
         told = fetch.completed is not None or fetch.warning is not None
@@ -229,166 +181,38 @@ class Fetcher:
             taken = store.last_beat(session, store.WORKER)
         return taken is None or taken < fetch.sent_at
 
-    def _patient(self, session: Session, study_uid: str) -> _Patient | None:
-        """Return whose a Study is today, None where it is not here."""
-        found = store.patient_of_study(session, study_uid)
-        if found is None:
-            return None
-        return _Patient(tuple(store.patient_keys(session, found[0])), found[1])
-
-    def _ask_for_priors(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
-        study_uid = inquiry.subject
-        with store.reading(self._engine) as session:
-            patient = self._patient(session, study_uid)
-            known = store.dates_of_studies(session, patient.keys, study_uid) if patient else {}
-        if patient is None or not patient.patient_ids:  # by now
-            self._settle(inquiry, FetchState.DROPPED, reason=NOT_ASKABLE if patient else GONE)
+    def _ask(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
+        """Ask a question, and for the Series that follow, in the go that settles the question."""
+        answer = self._questions.ask(conversation, inquiry, self._now())
+        self._requests = answer.requests
+        if answer.dropped:
+            self._settle(inquiry, FetchState.DROPPED, reason=answer.dropped)
             return
-        day = patient.study_datetime.date() if patient.study_datetime else self._today()
-        years = self._settings.years
-        answers: dict[str, list[StudyAnswer]] = {}
-        self._requests += len(patient.patient_ids) - 1
-        for patient_id in patient.patient_ids:
-            with self._audited(Act.QUERY, by_patient=True, study_uid=study_uid) as told:
-                answers[patient_id] = conversation.find_studies(
-                    patient_id=patient_id,
-                    days=(retrieval.earliest(day, years), day),
-                    most=MAX_STUDIES_OF_PATIENT,
-                )
-                told["studies"] = len(answers[patient_id])
-        own = retrieval.of_keys(
-            answers,
-            patient.keys,
-            self._archive.default_issuer,
-            required=self._settings.issuer == "required",
-        )
-        wanted: dict[str, list[SeriesAnswer]] = {}
-        counted = 0
-        for answer in retrieval.priors(own, study_uid, day, known, years)[:MAX_LOOKED_INTO]:
-            if counted == self._settings.count:
-                break
-            if isinstance(answer, StudyAnswer):
-                wanted[answer.study_uid] = self._wanted(conversation, answer)
-                counted += bool(wanted[answer.study_uid])
-            else:
-                counted += 1  # here, and unknown to this peer
-        orders = self._orders(inquiry, own, wanted)
-        reason = None
-        named = {answer.study_uid for told in answers.values() for answer in told}
-        if others := len(named - {answer.study_uid for answer in own}):
-            reason = f"{others} Studies of the answer are not known to be of this patient"
-            logger.warning(
-                "answers of other patients", extra={"peer": self._peer, "studies": others}
-            )
-        taken = sum(map(bool, wanted.values()))
-        self._order(inquiry, orders, (taken, 0), timedelta(0), reason)
-
-    def _ask_for_day(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
-        day = datetime.strptime(inquiry.subject, "%Y%m%d").date()
-        with self._audited(Act.QUERY, day=inquiry.subject) as told:
-            answers = conversation.find_studies(days=(day, day), most=MAX_STUDIES_OF_DAY)
-            told["studies"] = len(answers)
-        answers = [a for a in answers if a.study_date in (None, day) and a.may_have_ct]
-        before = self._complete.get(inquiry.subject, {})
-        key = inquiry.subject, inquiry.version
-        done = self._passes.get(key) or _Pass({}, 0)
-        wanted: dict[str, list[SeriesAnswer]] = {}
-        later = 0
-        for answer in answers:
-            size = (answer.series or 0, answer.instances or 0)
-            if answer.study_uid in done.looked_into:
-                continue
-            if answer.instances is not None and before.get(answer.study_uid) == size:
-                done.looked_into[answer.study_uid] = size  # nothing came since
-            elif len(wanted) < LOOKS_A_TURN:
-                wanted[answer.study_uid] = self._wanted(conversation, answer)
-            else:
-                later += 1
-        orders = self._orders(inquiry, answers, wanted)
-        lacking = {order.study_uid for order in orders}
-        sizes = {a.study_uid: (a.series or 0, a.instances or 0) for a in answers}
-        for uid in wanted:
-            done.looked_into[uid] = None if uid in lacking else sizes[uid]
-        if later:
-            reason = f"{later} Studies are still to be looked into"
-            done.series += self._order(inquiry, orders, None, self._quiet, reason)
-            self._passes[key] = done
-            return
-        self._passes = {k: v for k, v in self._passes.items() if k[0] != inquiry.subject}
-        complete = {uid: size for uid, size in done.looked_into.items() if size is not None}
-        self._complete = dict([*self._complete.items(), (inquiry.subject, complete)][-400:])
-        found = len(answers), done.series
-        self._order(inquiry, orders, found, self._quiet, None)
-
-    def _wanted(self, conversation: Conversation, study: StudyAnswer) -> list[SeriesAnswer]:
-        self._requests += 1
-        answers = conversation.find_series(study.study_uid)
-        return retrieval.wanted_series(answers, study, self._settings.minimum_instances)
-
-    def _orders(
-        self,
-        inquiry: store.Inquiry,
-        studies: Sequence[StudyAnswer],
-        wanted: dict[str, list[SeriesAnswer]],
-    ) -> list[store.Order]:
-        """Return the Series that are not here in full."""
-        dates = {study.study_uid: study.study_date for study in studies}
-        series = [answer for answers in wanted.values() for answer in answers]
-        held = self._held([answer.series_uid for answer in series])
-        return [
-            store.Order(
-                series_uid=answer.series_uid,
-                study_uid=answer.study_uid,
-                peer=self._peer,
-                cause=inquiry.cause,
-                asked_by=inquiry.subject,
-                study_date=dates[answer.study_uid],
-                expected=answer.instances,
-            )
-            for answer in series
-            if answer.series_uid not in held or _lacks(answer.instances, held[answer.series_uid])
-        ]
-
-    def _order(
-        self,
-        inquiry: store.Inquiry,
-        orders: Sequence[store.Order],
-        found: tuple[int, int] | None,
-        later: timedelta,
-        reason: str | None,
-    ) -> int:
-        """Ask for Series, settle their question in the same go, and return how many are new.
-
-        `found`: Studies that are wanted, and Series asked for in turns before; None: there is more
-        to look into, when fetches had as many turns as this took.
-        """
         now = self._now()
+        # What is on its way comes by itself.
+        later = self._quiet if inquiry.cause is FetchCause.CATCH_UP else timedelta(0)
         with store.writing(self._engine) as session:
-            ordered = store.order_series(session, orders, now, now + later)
-            if found is None:
-                due_at = self._began[0] + 2 * self._requests * self._interval
+            ordered = store.order_series(session, answer.orders, now, now + later)
+            found = answer.studies, answer.series + len(ordered)
+            if answer.is_done:
+                store.settle_inquiry(
+                    session, inquiry, FetchState.DONE, now, reason=answer.reason, found=found
+                )
+            else:  # when fetches had as many turns as this took
                 store.settle_inquiry(
                     session,
                     inquiry,
                     FetchState.WAITING,
                     now,
-                    due_at=due_at,
-                    reason=reason,
+                    due_at=self._began[0] + 2 * answer.requests * self._interval,
+                    reason=answer.reason,
+                    found=found,
                     is_attempt=False,
                 )
-            else:
-                store.settle_inquiry(
-                    session,
-                    inquiry,
-                    FetchState.DONE,
-                    now,
-                    reason=reason,
-                    found=(found[0], found[1] + len(ordered)),
-                )
+        self._questions.note(inquiry, answer, len(ordered))
         if ordered:
             extra = {"peer": self._peer, "cause": str(inquiry.cause), "series": len(ordered)}
             logger.info("series to be fetched", extra={**extra, "asked_by": inquiry.subject})
-        return len(ordered)
 
     def _fetch(self, conversation: Conversation, fetch: store.Fetch) -> None:
         what = fetch.what
@@ -399,7 +223,7 @@ class Fetcher:
             raise PeerRefused(f"{self._peer} names no such CT Series any more")
         expected = named[0].instances
         held = self._held([what.series_uid]).get(what.series_uid)
-        if held and not _lacks(expected, held):  # it has fewer than it had
+        if held and not lacks(expected, held):  # it has fewer than it had
             self._settle(fetch, FetchState.DROPPED, reason=HERE)
             return
         is_late = self._now() - fetch.asked_at >= self._give_up
@@ -553,9 +377,6 @@ class Fetcher:
     def _now(self) -> datetime:
         began, at = self._began
         return began + timedelta(seconds=time.monotonic() - at)
-
-    def _today(self) -> date:
-        return self._now().astimezone().date()
 
     @contextlib.contextmanager
     def _kept(self, claimed: store.Inquiry | store.Fetch) -> Iterator[None]:

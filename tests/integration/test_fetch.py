@@ -20,13 +20,14 @@ from dicomnode.audit import AuditLog
 from dicomnode.cli import main
 from dicomnode.config import Settings, load
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
-from dicomnode.errors import PeerRefused, PeerUnavailable
+from dicomnode.errors import PeerRefused, PeerUnavailable, StoreUnavailable
 from dicomnode.model import Evidence, FetchCause, FetchState, PatientKey, Rejection
 from dicomnode.node import exchange
 from dicomnode.node import fetch as module
 from dicomnode.node.catch_up import CatchUp
 from dicomnode.node.fetch import Fetcher
 from dicomnode.node.hl7 import HL7Listener
+from dicomnode.scu import questions
 from dicomnode.scu.archive import archive_of
 from dicomnode.scu.move import Retrieved
 from dicomnode.store import AskPriors, Order, intake
@@ -222,7 +223,7 @@ def test_a_patient_id_that_would_match_others_is_not_asked_for(run, pacs, patien
     arrive(run.engine, patient=PatientKey(patient_id))
     run.steps()
     asked = run.inquiries()[NEW]
-    assert (asked.state, asked.reason) == (FetchState.DROPPED, module.NOT_ASKABLE)
+    assert (asked.state, asked.reason) == (FetchState.DROPPED, questions.NOT_ASKABLE)
     assert pacs.calls == []
 
 
@@ -1164,7 +1165,7 @@ def test_a_day_is_looked_into_by_and_by_and_others_have_their_turn(node, pacs, t
     (old,) = prior(pacs, "1.3.1", date(2025, 1, 1))
     ask_day(node)
     run.step()
-    assert pacs.count("find_series") == module.LOOKS_A_TURN
+    assert pacs.count("find_series") == questions.LOOKS_A_TURN
     assert "25 Studies" in (run.inquiries()[f"{TODAY:%Y%m%d}"].reason or "")
     arrive(node)
     began, looks = run.now, []
@@ -1173,11 +1174,29 @@ def test_a_day_is_looked_into_by_and_by_and_others_have_their_turn(node, pacs, t
         looks.append(pacs.count("find_series") + pacs.count("find_studies"))
         assert run.now < began + HOUR
     seconds = (run.now - began).total_seconds()
-    assert looks[-1] <= seconds + 2 * module.LOOKS_A_TURN
+    assert looks[-1] <= seconds + 2 * questions.LOOKS_A_TURN
     assert old in pacs.retrieved  # before the day was done
     day = run.inquiries()[f"{TODAY:%Y%m%d}"]
     assert (day.studies, day.series, day.attempts) == (35, 35, 1)
     assert len(run.fetches()) == 36
+
+
+@on_sqlite
+def test_what_could_not_be_stored_of_a_day_is_looked_into_again(run, pacs, monkeypatch):
+    for n in range(15):
+        prior(pacs, f"1.2.{n}", TODAY, counts=(12,), patient=PatientKey("P7"))
+    ask_day(run.engine)
+    run.step()
+
+    def fail(*values: object) -> None:
+        raise StoreUnavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "order_series", fail)
+        with pytest.raises(StoreUnavailable):
+            run.after(timedelta(seconds=1))
+    run.after(module.LEASE)
+    assert len(run.fetches()) == 15
 
 
 # The tables
