@@ -504,6 +504,7 @@ def fetches(
               dicomnode fetches --requeue all
     """
     from dicomnode import present, store
+    from dicomnode.core import retrieval
 
     with _database(config) as engine:
         if requeue:
@@ -538,6 +539,14 @@ def fetches(
             f"{turn.reason}",
             err=True,
         )
+    priors = configuration.load(_config_path(config)).priors
+    hours = configuration.hours_of_day(priors.hours)
+    if not retrieval.is_within(hours, datetime.now().astimezone().time()):
+        click.echo(f"priors wait for their hours, {priors.hours}", err=True)
+    waiting = {i.peer for i in inquiries if i.state is FetchState.WAITING}
+    waiting |= {f.what.peer for f in found if f.state is FetchState.WAITING}
+    for name in sorted(waiting - set(priors.asked)):
+        click.echo(f"{name} is not asked any more: [priors] does not name it", err=True)
     if not inquiries and not found:
         _nothing("no peer was asked for such")
 

@@ -1291,10 +1291,12 @@ def test_the_page_says_what_archives_are_asked_for(run, pacs):
     assert said("VNA")[0]["fine"]
 
 
-def cli(database_url: str, tmp_path: Path, *arguments: str) -> Result:
+def cli(database_url: str, tmp_path: Path, *arguments: str, priors: str = "") -> Result:
     config = tmp_path / "node.toml"
+    peers = 'peers = [{ ae_title = "PACS", host = "127.0.0.1", port = 104 }]'
     config.write_text(
         f'[database]\nurl = "{database_url}"\n[spool]\npath = "{tmp_path / "spool"}"\n'
+        f"[node]\n{peers}\n[priors]\n{priors}\n"
     )
     return CliRunner().invoke(main, ["fetches", "--config", str(config), *arguments])
 
@@ -1314,6 +1316,11 @@ def test_the_command_lists_what_was_asked_for_and_queues_again(run, pacs, databa
     assert listed.exit_code == 0
     for word in (uid, NEW, "failed", "register our AE title", "Connection refused", "0/40"):
         assert word in listed.output
+    assert "PACS is not asked any more" in listed.output  # in the command's settings it is not
+    now = datetime.now()
+    hours = f"{now + HOUR:%H:%M}-{now + 2 * HOUR:%H:%M}"
+    named = cli(database_url, tmp_path, priors=f'catch_up = ["PACS"]\nhours = "{hours}"').output
+    assert f"wait for their hours, {hours}" in named and "not asked any more" not in named
     found = json.loads(cli(database_url, tmp_path, "--json", "--state", "failed").stdout)
     assert found["inquiries"] == []
     assert [(s["series_uid"], s["attempts"]) for s in found["series"]] == [(uid, 8)]
