@@ -89,6 +89,7 @@ class Flag(StrEnum):
     SLICES_REFUSED = "slices_refused"
     OTHER_MODEL = "other_model"
     PATIENT_POSITION = "patient_position"
+    TILT = "tilt"
 
 
 class Evidence(StrEnum):
@@ -297,7 +298,7 @@ class Quality:
 class ScoreCurve:
     """Slice scores of one Series against position.
 
-    z_mm is where each slice cuts the patient's long axis (LPS, x = y = 0), strictly increasing;
+    z_mm is where each slice cuts the patient's long axis (LPS), strictly increasing;
     score, height_mm, sop_instance_uids and frames run parallel to it.
     """
 

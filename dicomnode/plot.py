@@ -49,7 +49,7 @@ def curve_png(curves: Sequence[ScoreCurve], path: Path) -> None:
             label=f"{_title(curve.series_uid)}  "
             f"r {quality.pearson_r:.4f}, slope {quality.slope:.2f}",
         )
-    axes.set_xlabel("position along the slice normal, mm (towards the head)")
+    axes.set_xlabel("position along the long axis, mm (towards the head)")
     axes.set_ylabel("body height, mm")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -9,6 +9,7 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.core import align, geometry, opening, slicemap
 from dicomnode.core import region as regional
+from dicomnode.core.curve import long_axis
 from dicomnode.core.region import Extent, Region
 from dicomnode.core.robust import Covariance
 from dicomnode.core.slicemap import Line
@@ -41,7 +42,8 @@ def series_curve(engine: Engine, series_uid: str) -> SeriesCurve | None:
             return SeriesCurve(rows[0], found, np.empty(0), np.empty(0), regions)
         heights = store.heights_of(session, opened.model)
     normal = geometry.slice_normal(np.array(opened.slices[0].image_orientation))
-    z_mm = geometry.axis_positions(np.array([s.image_position for s in opened.slices]), normal)
+    position = np.array([s.image_position for s in opened.slices])
+    z_mm = geometry.axis_positions(position, normal, long_axis(opened.slices))
     order = np.argsort(z_mm)
     height_mm = heights([s.score for s in opened.slices])
     return SeriesCurve(rows[0], found, z_mm[order], height_mm[order])
@@ -126,7 +128,7 @@ class Place:
     sop_instance_uid: str
     frame: int  # counted from 1, as in PS3.3
     index: int  # in the curve, feet to head, counted from 0
-    z_mm: float  # along the slice normal
+    z_mm: float  # along the patient's long axis
     height_mm: float  # body height
 
 

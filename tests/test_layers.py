@@ -15,7 +15,7 @@ PACKAGES = ("dicomnode", "db", "training")
 LAYERS = (
     ("errors", "model"),
     ("core",),
-    ("config", "log", "audit", "db"),
+    ("config", "log", "audit", "notify", "db"),
     (
         "dicomio",
         "spool",

@@ -3,8 +3,8 @@
 import hashlib
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dicomnode import dicomio
-from dicomnode.core import admission, geometry
+from dicomnode.core import admission, geometry, volumes
+from dicomnode.dicomio import rejection
 from dicomnode.errors import DicomError, GeometryError
-from dicomnode.model import Reason
+from dicomnode.model import Acquisition, Reason, ScoredSlice
 from training.durable import Journal
 from training.workers import Spread
 
@@ -53,6 +54,8 @@ class FileHeader:
     patient: str = ""
     position: tuple[float, ...] = ()  # (3,) mm, LPS
     orientation: tuple[float, ...] = ()  # (6,)
+    told: tuple[Any, ...] = ()  # of `Acquisition`
+    rejects: tuple[str, ...] = ()  # SOP Instance UIDs, of a rejection note
 
 
 @dataclass(slots=True)
@@ -93,26 +96,33 @@ def index(
     """
     by_series: dict[str, list[FileHeader]] = defaultdict(list)
     found = Index()
+    rejected: set[str] = set()
     for header in _headers(paths, spread, cache):
         progress(1)
         found.files += 1
+        rejected.update(header.rejects)
         if header.series_uid:
             by_series[header.series_uid].append(header)
         else:
             found.refused.files[header.reason or ""] += 1
     for series_uid in sorted(by_series):
-        _admit(by_series[series_uid], found)
+        _admit(by_series[series_uid], rejected, found)
     return found
 
 
-def _admit(headers: list[FileHeader], found: Index) -> None:
+def _admit(headers: list[FileHeader], rejected: set[str], found: Index) -> None:
     """Add one Series to what was found, or to what was refused."""
-    members = [h for h in headers if h.reason is None]
+    sound = [h for h in headers if h.reason is None]
     aside = Counter(h.reason for h in headers if h.reason is not None)
-    if not members:
+    # A file may be there twice; of two that differ the first of the walk counts.
+    valid = {h.sop_instance_uid: h for h in reversed(sound) if h.sop_instance_uid not in rejected}
+    if hidden := sum(h.sop_instance_uid in rejected for h in sound):
+        aside[Reason.REJECTED] = hidden
+    if not valid:
         found.refused.series[aside.most_common(1)[0][0]] += 1
         return
     try:
+        members = _one_volume(valid)
         stack = geometry.stack(
             np.array([h.position for h in members], float),
             np.array([h.orientation for h in members], float),
@@ -123,9 +133,11 @@ def _admit(headers: list[FileHeader], found: Index) -> None:
     if reason := admission.refuse_stack(stack.z_mm):
         found.refused.series[reason] += 1
         return
-    found.refused.slices.update(aside)
     first = members[0]
     kept = [members[i] for i in stack.order]
+    if others := len(sound) - hidden - len(kept):
+        aside[Reason.DUPLICATE_POSITION] = others
+    found.refused.slices.update(aside)
     identity = repr([(h.sop_instance_uid, h.stamp) for h in kept])
     found.series.append(
         ArchivedSeries(
@@ -139,10 +151,20 @@ def _admit(headers: list[FileHeader], found: Index) -> None:
     )
 
 
+def _one_volume(headers: Mapping[str, FileHeader]) -> list[FileHeader]:
+    """Return those of the slices, by SOP Instance UID, that would make the node's curve."""
+    slices = [
+        ScoredSlice(uid, h.position, h.orientation, 0.0, acquisition=Acquisition(*h.told))
+        for uid, h in sorted(headers.items())
+    ]
+    return [headers[s.sop_instance_uid] for s in volumes.most_complete(slices)]
+
+
 def _headers(paths: Iterable[Path], spread: Spread, cache: Path | None) -> Iterator[FileHeader]:
     """The header of every file, in the order of the walk; read only where it is new."""
     journal = Journal(cache) if cache else None
-    known = {h.path: h for h in map(_from_json, journal.read() if journal else ())}
+    read = [v for v in journal.read() if len(v) == len(fields(FileHeader))] if journal else []
+    known = {h.path: h for h in map(_from_json, read)}
     walked = (str(path.absolute()) for path in dicomio.find(list(paths)))
     chunks = (
         [(path, known[path].stamp if path in known else None) for path in some]
@@ -183,7 +205,11 @@ def read_headers(files: list[tuple[str, Stamp | None]]) -> list[FileHeader | str
 
 
 def _read_header(path: str, stamp: Stamp) -> FileHeader:
-    header = dicomio.header_of(dicomio.read(Path(path), pixels=False))
+    ds = dicomio.read(Path(path), pixels=False)
+    header = dicomio.header_of(ds)
+    note = None
+    if header.sop_class_uid == admission.KEY_OBJECT_SELECTION:
+        note = rejection.of_dataset(ds, header)
     # A path stands for a slice here.
     several = header.sop_class_uid in admission.ENHANCED_CT
     reason = Reason.MULTI_FRAME if several else admission.refuse_slice(header)
@@ -199,6 +225,8 @@ def _read_header(path: str, stamp: Stamp) -> FileHeader:
         header.patient.patient_id,
         header.image_position or (),
         header.image_orientation or (),
+        astuple(header.acquisition),
+        () if note is None else tuple(sorted(note.instances)),
     )
 
 
@@ -207,5 +235,5 @@ def _to_json(header: FileHeader) -> list[object]:
 
 
 def _from_json(values: list[object]) -> FileHeader:
-    fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in values]
-    return FileHeader(*fields)
+    parts: list[Any] = [tuple(v) if isinstance(v, list) else v for v in values]
+    return FileHeader(*parts)

@@ -14,6 +14,8 @@ from dicomnode.model import Flag, Floats, Quality, Reason, Refusal, ScoreCurve, 
 # (children are shorter than the average adult, so that their slope is larger).
 LOW_CORRELATION = 0.95
 SLOPE_RANGE = (0.6, 1.6)
+# Where nothing tells how far the body lies from x = y = 0, 200 mm of it are 7 mm of z at this tilt.
+TOLD_TILT_DEGREES = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def assemble(
         stack = geometry.stack(
             np.array([s.image_position for s in slices], float),
             np.array([s.image_orientation for s in slices], float),
+            long_axis(slices),
         )
     except GeometryError as exc:
         return Refusal(series_uid, exc.reason)
@@ -87,6 +90,8 @@ def assemble(
         flags.append(Flag.SLICES_REFUSED)
     if any(geometry.contradicts(s.acquisition.patient_position, s.image_orientation) for s in kept):
         flags.append(Flag.PATIENT_POSITION)
+    if _is_tilt_a_guess(kept):
+        flags.append(Flag.TILT)
     if other_model:
         flags.append(Flag.OTHER_MODEL)
     return ScoreCurve(
@@ -113,6 +118,25 @@ def left_out(curve: ScoreCurve, slices: Sequence[ScoredSlice]) -> dict[tuple[str
         for s in slices
         if (s.sop_instance_uid, s.frame) not in members
     }
+
+
+def long_axis(slices: Sequence[ScoredSlice]) -> tuple[float, float]:
+    """Return x and y of the patient's long axis, mm, LPS: the middle of the body's centres.
+
+    One line for all slices, so that a raised arm moves none of them past another. x = y = 0 where
+    no slice shows all of the body.
+    """
+    known = [s.body_centre_mm for s in slices if s.body_centre_mm is not None]
+    if not known:
+        return 0.0, 0.0
+    x_mm, y_mm = np.median(known, axis=0).tolist()
+    return x_mm, y_mm
+
+
+def _is_tilt_a_guess(slices: Sequence[ScoredSlice]) -> bool:
+    normal = geometry.slice_normal(slices[0].image_orientation)
+    tilted = geometry.tilt_degrees(normal) > TOLD_TILT_DEGREES
+    return tilted and all(s.body_centre_mm is None for s in slices)
 
 
 def body_centres(slices: Sequence[ScoredSlice]) -> Floats | None:

@@ -44,7 +44,7 @@ def inverse(curve: ScoreCurve) -> Positions:
     Returns
     -------
     (226,) float32
-        mm along the slice normal.
+        mm along the patient's long axis.
     """
     fit = isotonic_regression(curve.height_mm)
     starts = fit.blocks[:-1]

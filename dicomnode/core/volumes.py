@@ -1,19 +1,28 @@
 """Which slices of one Series make its curve, where it shows places more than once."""
 
+import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from dicomnode.core import geometry
-from dicomnode.model import ScoredSlice
+from dicomnode.model import Floats, ScoredSlice
 
 Labels = npt.NDArray[np.intp]
 
 # A volume is preferred by what tells it apart, as long as it shows this share of all places; of
 # less (an Acquisition Number for each turn of the gantry), the one that shows the most.
 MOST = 0.5
+# All in spacings of the slices that are there. What lies nearer to one of them is shown by it;
+NEAR = 0.75
+# of a volume most of which is shown, only what fills more than this many is of use: of less, two
+# phases would make the curve for the sake of a slice or two.
+HOLE = 4.0
+FEW = 8  # fewer slices tell no spacing of a volume: that of all places is taken
 
 
 def one_stack(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
@@ -43,11 +52,13 @@ def one_stack(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
 
 
 def most_complete(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
-    """Return the slices of one volume, where a Series has several; each place once.
+    """Return the slices of the largest volume, where a Series has several, and what it lacks.
 
-    Phases of contrast or breathing, cardiac phases, repeats: volumes are told apart by Acquisition
-    Number, Temporal Position Identifier, Trigger Time, or these together; else by when slices
-    were made. All of the slices where nothing tells them apart.
+    Phases of contrast or breathing, cardiac phases, repeats, stations of the table: volumes are
+    told apart by Acquisition Number, Temporal Position Identifier, Trigger Time, or these
+    together; else by when slices were made. Each place comes once, and stretches that the largest
+    does not show come from the next one that does. All of the slices where nothing tells them
+    apart, or no two are at one place.
 
     Parameters
     ----------
@@ -62,26 +73,87 @@ def most_complete(slices: Sequence[ScoredSlice]) -> list[ScoredSlice]:
     if not slices:
         return []
     normal = geometry.slice_normal(slices[0].image_orientation)
-    position = np.array([s.image_position for s in slices], float)
-    order, place = geometry.places(geometry.axis_positions(position, normal))
+    z_mm = geometry.axis_positions(np.array([s.image_position for s in slices], float), normal)
+    order, place = geometry.places(z_mm)
     count = int(place[-1]) + 1
     if count == len(slices):
         return list(slices)
     in_order = [slices[i] for i in order]
-    best = np.empty(0, np.intp)
+    best: Labels | None = None
+    most = 0
     for labels in _ways(in_order, place):
         pairs = labels * count + place
         if len(np.unique(pairs)) < len(pairs):
             continue  # it does not tell all of them apart
-        volume = np.flatnonzero(labels == np.bincount(labels).argmax())
-        if len(volume) > len(best):
-            best = volume
-        if len(best) >= MOST * count:
+        size = int(np.bincount(labels).max())
+        if size > most:
+            best, most = labels, size
+        if most >= MOST * count:
             break
-    if not len(best):
+    if best is None:
         return list(slices)
-    chosen = set(order[best].tolist())
+    chosen = set(order[_joined(z_mm[order], best)].tolist())
     return [s for i, s in enumerate(slices) if i in chosen]
+
+
+def _joined(z_mm: Floats, labels: Labels) -> list[int]:
+    """Return the largest volume, and of each smaller one what those before it do not show.
+
+    `z_mm` grows, and no volume shows a place twice. Phases on grids that are shifted against each
+    other are not mixed: what lies between two slices of a volume is shown by it.
+    """
+    sizes = np.bincount(labels)
+    volumes = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+    steps = np.diff(z_mm)
+    far = steps[steps > geometry.SAME_POSITION_MM]
+    usual = float(np.median(far)) if len(far) else geometry.SAME_POSITION_MM
+    shown = _Shown([], [])
+    joined: list[int] = []
+    for k in np.argsort(-sizes, kind="stable"):
+        at = z_mm[volumes[k]]
+        rooms = [shown.room(z, at[0], at[-1]) for z in at.tolist()]
+        # A station is mostly of another part of the body, a phase of the same.
+        is_station = 2 * sum(room > 0 for room in rooms) >= len(rooms)
+        new = [i for i, room in enumerate(rooms) if room > (0 if is_station else HOLE)]
+        spacing = (
+            np.full(len(at), usual)
+            if len(at) < FEW
+            else geometry.slice_spacing(geometry.usual_steps(at))
+        )
+        for i in new:
+            shown.add(float(at[i]), float(spacing[i]))
+        joined += volumes[k][new].tolist()
+    return joined
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """Where slices are, mm, growing, and how far each stands for."""
+
+    z_mm: list[float]
+    spacing_mm: list[float]
+
+    def add(self, z: float, spacing: float) -> None:
+        """Put a slice in its place."""
+        i = bisect(self.z_mm, z)
+        self.z_mm.insert(i, z)
+        self.spacing_mm.insert(i, spacing)
+
+    def room(self, z: float, low: float, high: float) -> float:
+        """Return how wide the hole around a position is, in spacings; 0 where there is none.
+
+        Below the lowest slice and above the highest one it reaches to `low` and `high`.
+        """
+        if not self.z_mm:
+            return math.inf
+        i = bisect(self.z_mm, z)
+        beside = [k for k in (i - 1, i) if 0 <= k < len(self.z_mm)]
+        if any(abs(self.z_mm[k] - z) < NEAR * self.spacing_mm[k] for k in beside):
+            return 0.0
+        spacing = max(self.spacing_mm[k] for k in beside)
+        if len(beside) == 2:
+            return (self.z_mm[i] - self.z_mm[i - 1]) / spacing
+        return (self.z_mm[0] - low if i == 0 else high - self.z_mm[-1]) / spacing
 
 
 def _are_parallel(slices: Sequence[ScoredSlice]) -> bool:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from sqlalchemy import Engine
 
-from dicomnode import store
+from dicomnode import notify, store
 from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, TransientError
@@ -92,7 +92,10 @@ def run(settings: Settings, stop: threading.Event) -> None:
         ]
         for thread in threads:
             thread.start()
-        stop.wait()
+        notify.ready()
+        while not stop.wait(IDLE_S):
+            notify.alive()
+        notify.stopping()
         for thread in threads:
             thread.join(STOP_S)
 

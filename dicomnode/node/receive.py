@@ -13,6 +13,7 @@ from typing import Any
 
 from pynetdicom import AE, Association, _config, evt
 
+from dicomnode import notify
 from dicomnode.audit import MINOR_FAILURE, Act, AuditLog
 from dicomnode.audit import SUCCESS as SUCCESS_OUTCOME
 from dicomnode.config import Settings
@@ -44,6 +45,7 @@ DIMSE_TIMEOUT_S = 60.0
 STOP_GRACE_S = 5.0
 ABORT_GRACE_S = 2.0
 TAKEOVER_S = 15.0
+ALIVE_S = 1.0  # between signs of life to systemd
 WATERMARK_S = 1.0  # between looks at the free space
 RECEIVERS = 64  # on one spool, at most
 
@@ -365,9 +367,12 @@ def run(settings: Settings, stop: threading.Event, listening: socket.socket | No
             if time.monotonic() > deadline:
                 raise
             stop.wait(0.2)
+    notify.ready()
     try:
-        stop.wait()
+        while not stop.wait(ALIVE_S):
+            notify.alive()
     finally:
+        notify.stopping()
         receiver.stop()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import TypeVar
 
 from sqlalchemy import Engine
 
-from dicomnode import store
+from dicomnode import notify, store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
@@ -214,7 +215,10 @@ def work(settings: Settings, stop: threading.Event) -> None:
         if worker is None:
             return
         stack.callback(worker.close)
+        stack.callback(notify.stopping)
+        notify.ready()
         while not stop.is_set():
+            notify.alive()
             if not _persist(worker.step, stop):
                 spool.wait(worker.idle_s())
             elif worker.is_alone:
@@ -330,12 +334,16 @@ def supervise(
             parts.append(_start("exchange", [*command, "--only", "exchange"], None))
         if settings.web.enabled:
             parts.append(_start("web", [*command, "--only", "web"], None))
+    notify.ready()  # what connects now waits to be accepted, be a part still on its way
     try:
         while not stop.wait(0.2):
             for part in parts:
                 if _look_after(part) == 2:
                     return 2
+            notify.status(_summary(parts))
+            notify.alive()
     finally:
+        notify.stopping()
         listening.close()
         _stop(parts)
     return 0
@@ -353,6 +361,11 @@ def _listen(settings: Settings, stop: threading.Event) -> socket.socket | None:
                 raise
         stop.wait(0.2)
     return None
+
+
+def _summary(parts: list[_Part]) -> str:
+    waiting = [part.name for part in parts if part.restart_at is not None]
+    return f"{', '.join(waiting)} died, to be restarted" if waiting else "every part runs"
 
 
 def _look_after(part: _Part) -> int | None:
@@ -384,7 +397,9 @@ def _spawn(part: _Part) -> subprocess.Popen[bytes]:
 
 def _spawn_command(command: list[str], listening: socket.socket | None) -> subprocess.Popen[bytes]:
     inherited = [listening.fileno()] if listening is not None else []
-    return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited)
+    # This process answers to systemd for all of them.
+    environment = {k: v for k, v in os.environ.items() if k not in notify.VARIABLES}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=inherited, env=environment)
 
 
 def _stop(parts: list[_Part]) -> None:

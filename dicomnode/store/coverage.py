@@ -32,6 +32,7 @@ BITS = {
     Flag.SLICES_REFUSED: 1 << 7,
     Flag.OTHER_MODEL: 1 << 8,
     Flag.PATIENT_POSITION: 1 << 9,
+    Flag.TILT: 1 << 10,
 }
 MAX_SPACING_UM = region.LIMIT_UM
 BACKFILL = 200  # curves in a transaction: a node beside waits no longer than for a second

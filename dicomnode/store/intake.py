@@ -10,9 +10,10 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, u
 from sqlalchemy.orm import Session, undefer
 
 from db import schema
-from dicomnode.core import admission, curve
+from dicomnode.core import admission, curve, geometry
 from dicomnode.model import (
     Evidence,
+    Flag,
     PatientKey,
     Reason,
     Refusal,
@@ -464,13 +465,23 @@ def _known_slices(session: Session, series: schema.Series) -> dict[tuple[str, in
             slice_.sop_class_uid,
         )
     row = session.get(schema.Curve, series.id)
-    if row is not None:
+    if row is not None and not _is_of_earlier_rules(row):
         positions = array(row.image_position, "<f8").reshape(-1, 3)
         scores = array(row.score, "<f4")
         members = zip(instances(row), sop_classes(row), scores, positions, strict=True)
         for (uid, frame, _), kind, score, position in members:
             known[uid, frame] = _Known(row.model, float(score), tuple(position.tolist()), kind)
     return known
+
+
+def _is_of_earlier_rules(row: schema.Curve) -> bool:
+    """Whether the slices of a curve that are sent again may make another one: see CHANGELOG.
+
+    It was stored before volumes were told apart, and leans or had several.
+    """
+    normal = geometry.slice_normal(tuple(row.image_orientation))
+    leans = geometry.tilt_degrees(normal) > curve.TOLD_TILT_DEGREES
+    return row.acquisitions is None and (leans or Flag.DUPLICATE_POSITION in row.flags)
 
 
 def _is_known(result: SliceResult, model: str, known: dict[tuple[str, int], _Known]) -> bool:

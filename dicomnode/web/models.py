@@ -64,7 +64,7 @@ class Slice(_Answer):
 
     sop_instance_uid: str = Field(examples=[f"{UID}.1.1"])
     frame: int = Field(examples=[1], description="Counted from 1.")
-    z_mm: float = Field(examples=[-412.5], description="Along the slice normal, feet to head.")
+    z_mm: float = Field(examples=[-412.5], description="Along the long axis, feet to head.")
     score: float = Field(examples=[4.125], description="Unitless.")
     height_mm: float = Field(examples=[311.2], description="Body height.")
 

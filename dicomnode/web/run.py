@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from dicomnode import notify
 from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings, WebSettings
 from dicomnode.errors import ConfigError
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 PORT_S = 15.0  # how long to wait for the port: the page of a node that was killed lets go soon
 BACKLOG = 128
 STOP_S = 5  # for answers that are on their way
+ALIVE_S = 1  # between words to systemd that it is alive, where it asks for them
 
 
 def run(settings: Settings, stop: threading.Event, listening: socket.socket | None = None) -> None:
@@ -54,6 +56,8 @@ def run(settings: Settings, stop: threading.Event, listening: socket.socket | No
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEAD,
         timeout_graceful_shutdown=STOP_S,
+        callback_notify=_alive,
+        timeout_notify=ALIVE_S,
         ssl_context_factory=(lambda config, default: context) if context is not None else None,
     )
     server = _Server(config)
@@ -76,14 +80,24 @@ def run(settings: Settings, stop: threading.Event, listening: socket.socket | No
 class _Server(uvicorn.Server):
     """Stops when it is told to, not by signals, which are the command line's."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that it is up, once it is."""
+        await super().startup(sockets)
+        notify.ready()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals as they are."""
         yield
 
 
+async def _alive() -> None:
+    notify.alive()
+
+
 def _stop_with(stop: threading.Event, server: uvicorn.Server) -> None:
     stop.wait()
+    notify.stopping()
     server.should_exit = True
 
 

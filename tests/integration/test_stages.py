@@ -456,7 +456,7 @@ def test_a_slice_for_which_the_network_gives_no_number_is_set_aside(
 def test_a_slice_alone_in_its_series_is_set_aside_too(spool, node, bundle, build):
     put(spool, ct_slice(SERIES, 5))
     drain(build(scorer=blind_scorer(bundle, 5)))
-    assert assemble(node, None) == 0  # its association goes on
+    assert assemble(node, datetime.now(UTC)) == 0  # its association goes on
     spool.put_event(A, "released")
     drain(build())
     assert assemble(node) == 1

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from pydicom.dataset import Dataset
+from pydicom.uid import KeyObjectSelectionDocumentStorage
 
 from dicomnode import dicomio
 from dicomnode.core.preprocess import PreprocessSpec
@@ -200,6 +202,50 @@ def test_two_runs_do_not_fill_one_bank(folder, tmp_path):
         return map(function, items)
 
     assert fill.build(out, archive.index([folder]).series, spread=spread).decoded == 4
+
+
+def test_phases_copies_and_what_was_rejected_are_no_slices_to_train_on(folder, tmp_path):
+    """As of the node: one phase makes the Series, and rejection notes hold wherever they lie."""
+    for phase, brighter in ((1, 0), (2, 500)):
+        write(
+            folder / f"phase {phase}", "1.2.5", slices=8 + phase, hu=-1024 + brighter,
+            AcquisitionNumber=str(phase),
+        )  # fmt: skip
+    for path in sorted((folder / "phase 2").rglob("*.dcm")):
+        ds = dicomio.read(path)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{ds.SOPInstanceUID}.2"
+        path.write_bytes(part10(ds))
+        (path.parent / f"copy {path.name}").write_bytes(part10(ds))
+    note = ct_dataset(
+        SOPClassUID=KeyObjectSelectionDocumentStorage, Modality="KO",
+        SeriesInstanceUID="1.2.4.99", SOPInstanceUID="1.2.4.99.1",
+    )  # fmt: skip
+    title, item = Dataset(), Dataset()
+    title.CodeValue, title.CodingSchemeDesignator = "113001", "DCM"
+    item.ReferencedSOPSequence = [Dataset() for _ in range(SLICES)]
+    for k, reference in enumerate(item.ReferencedSOPSequence):
+        reference.ReferencedSOPInstanceUID = f"1.2.4.{k + 1}"
+    note.ConceptNameCodeSequence, note.ContentSequence = [title], [item]
+    (folder / "0" / "note.dcm").write_bytes(part10(note))
+    for _ in range(2):  # from the headers, then from what is kept of them
+        summary = index(folder, "--bank", tmp_path / "bank")
+        refused = summary["refused"]
+        assert (summary["series"], summary["slices"]) == (4, 3 * SLICES + 10)
+        assert refused["series"] == {"too_few_positions": 1, "rejected": 1, "not_ct_image": 1}
+        assert refused["slices"] == {"duplicate_position": 9 + 10}
+    found = archive.index([folder])
+    (series,) = [s for s in found.series if s.series_uid == "1.2.5"]
+    assert all("phase 2" in str(path) for path in series.paths)
+
+
+def test_headers_that_an_earlier_release_kept_are_read_again(folder, tmp_path):
+    out = tmp_path / "headers.jsonl"
+    archive.index([folder], cache=out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    out.write_text("".join(json.dumps(row[:9]) + "\n" for row in rows))
+    archive.index([folder], cache=out)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row[0]: row for row in again} == {row[0]: row for row in rows}
 
 
 def test_a_series_whose_slices_do_not_decode_is_refused(folder, tmp_path):

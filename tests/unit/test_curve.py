@@ -218,3 +218,37 @@ def test_a_curve_of_one_position_is_none():
     with pytest.raises(ValueError, match="two positions"):
         ScoreCurve("1", "m", np.zeros(1), np.zeros(1, np.float32), np.zeros(1), ("1",), (1,),
                    Quality(1.0, 1.0))  # fmt: skip
+
+
+def scan_of(degrees: float, y_mm: float, known: bool) -> list[ScoredSlice]:
+    """Slices whose middles lie at x = 0, y = y_mm and z = 0, 2.5 ... 157.5."""
+    angle = np.radians(degrees)
+    row, column = np.array([1.0, 0.0, 0.0]), np.array([0.0, np.cos(angle), np.sin(angle)])
+    return [
+        ScoredSlice(
+            f"1.{i}",
+            tuple((np.array([0.0, y_mm, z]) - 150 * (row + column)).tolist()),
+            (*row.tolist(), *column.tolist()),
+            float(z) / 10 + 0.3 * float(np.sin(z / 20)),
+            # One slice does not show all of the body, one has a raised arm.
+            body_centre_mm=(40.0 * (i == 5), y_mm) if known and i != 7 else None,
+        )
+        for i, z in enumerate(np.arange(64) * 2.5)
+    ]
+
+
+@pytest.mark.parametrize("y_mm", [0.0, -170.0, 60.0])
+@pytest.mark.parametrize("degrees", [8, -12])
+def test_a_tilted_scan_lies_where_the_upright_one_does_wherever_the_body_lies(degrees, y_mm):
+    tilted, upright = (assemble(scan_of(angle, y_mm, known=True)) for angle in (degrees, 0))
+    np.testing.assert_allclose(tilted.z_mm, upright.z_mm, atol=1e-9)
+    assert tilted.quality.flags == ()
+
+
+@pytest.mark.parametrize(("degrees", "flags"), [(0, ()), (1, ()), (8, (Flag.TILT,))])
+def test_where_a_tilted_slice_lies_is_a_guess_where_the_body_is_not_seen(degrees, flags):
+    found = assemble(scan_of(degrees, -170.0, known=False))
+    assert found.quality.flags == flags
+    # Where the plane cuts x = y = 0.
+    expected = np.arange(64) * 2.5 + 170 * np.tan(np.radians(degrees))
+    np.testing.assert_allclose(found.z_mm, expected, atol=1e-9)

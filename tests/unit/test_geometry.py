@@ -174,3 +174,31 @@ def test_pixels_are_turned_into_patient_axes(row, column, expected):
     np.testing.assert_array_equal(turned, expected)
     assert np.shares_memory(turned, image)
     assert geometry.is_transposed(orientation) == (row in (BACK, FRONT))
+
+
+# What is down, in patient coordinates, by the words of PS3.3 C.7.3.1.1.2: "Decubitus Right is
+# defined as the patient's right side being positioned in a downward direction".
+DOWN = {"S": BACK, "P": FRONT, "DR": RIGHT, "DL": LEFT}
+
+
+@pytest.mark.parametrize("lying", DOWN)
+@pytest.mark.parametrize("first", ["HF", "FF"])
+def test_an_image_as_seen_from_before_the_gantry_contradicts_no_patient_position_but_its_own(
+    first, lying
+):
+    """One who faces the gantry looks at the patient's head where that is the far end."""
+    away = np.array([0, 0, 1 if first == "HF" else -1])
+    down = np.array(DOWN[lying])
+    seen = (*np.cross(down, away), *down)  # to the right of who looks, and down
+    agreeing = [
+        a + b
+        for a in ("HF", "FF")
+        for b in DOWN
+        if not geometry.contradicts(a + b, tuple(map(float, seen)))
+    ]
+    # A Patient Position that is told in another way, or not, contradicts nothing.
+    assert not any(geometry.contradicts(p, tuple(map(float, seen))) for p in ("", "SITTING"))
+    # That image of head first supine is also how scanners turn all the others.
+    assert agreeing == (
+        [a + b for a in ("HF", "FF") for b in DOWN] if seen == AXIAL else [first + lying]
+    )
