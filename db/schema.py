@@ -419,7 +419,7 @@ class Fetch(Base):
     cause: Mapped[str] = mapped_column(String(16))
     asked_by: Mapped[str] = mapped_column(UID)  # the Study that asks; the day, of catching up
     study_date: Mapped[str] = mapped_column(String(8))  # as the peer answered, YYYYMMDD, or empty
-    expected: Mapped[int | None]  # NumberOfSeriesRelatedInstances, as the peer answered last
+    expected: Mapped[int | None]  # NumberOfSeriesRelatedInstances, the most a peer answered
     version: Mapped[int]
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int]
@@ -431,6 +431,13 @@ class Fetch(Base):
     completed: Mapped[int | None]
     failed: Mapped[int | None]
     warning: Mapped[int | None]
+    # Other peers that answered with it: the next one is asked where this one fails.
+    others: Mapped[list[str]] = mapped_column(JSON)
+    # When a peer last said that it sent some of it, and what was here before: whether that came,
+    # and whether it helped, shows later.
+    sent_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    held_before: Mapped[int | None]  # Instances
+    fruitless: Mapped[int]  # how often in a row it was sent, and nothing new was here after
 
 
 class Turn(Base):

@@ -505,6 +505,7 @@ def fetches(
               dicomnode fetches --requeue all
     """
     from dicomnode import present, store
+    from dicomnode.core import retrieval
 
     with _database(config) as engine:
         if requeue:
@@ -539,6 +540,14 @@ def fetches(
             f"{turn.reason}",
             err=True,
         )
+    priors = configuration.load(_config_path(config)).priors
+    hours = configuration.hours_of_day(priors.hours)
+    if not retrieval.is_within(hours, datetime.now().astimezone().time()):
+        click.echo(f"priors wait for their hours, {priors.hours}", err=True)
+    waiting = {i.peer for i in inquiries if i.state is FetchState.WAITING}
+    waiting |= {f.what.peer for f in found if f.state is FetchState.WAITING}
+    for name in sorted(waiting - set(priors.asked)):
+        click.echo(f"{name} is not asked any more: [priors] does not name it", err=True)
     if not inquiries and not found:
         _nothing("no peer was asked for such")
 
@@ -985,7 +994,9 @@ def merge(merged: str, into: str, force: bool, config: Path | None, as_json: boo
     """
     from dicomnode import present, store
 
-    own = configuration.load(_config_path(config)).node
+    settings = configuration.load(_config_path(config))
+    own = settings.node
+    priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
     with _database(config) as engine:
         with store.writing(engine) as session:
             keys = [
@@ -998,8 +1009,8 @@ def merge(merged: str, into: str, force: bool, config: Path | None, as_json: boo
                     "become one patient"
                 )
             try:
-                source, now = store.LinkSource.CLI, datetime.now(UTC)
-                changed = store.link_patients(session, keys[0], keys[1], source, now)
+                how = store.LinkSource.CLI, datetime.now(UTC), "", priors
+                changed = store.link_patients(session, keys[0], keys[1], *how)
             except ValueError as exc:
                 raise click.UsageError(str(exc)) from exc
     link = changed.link

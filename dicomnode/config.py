@@ -653,7 +653,7 @@ class PriorsSettings(_Section):
         gt=0,
         le=6000,
         description="Requests a minute to each of them at most: a question about a patient or a "
-        "day is one, and so is each Series.",
+        "day is one, and so is each Study that is looked into for it, and each Series.",
     )
     minimum_instances: int = Field(
         default=10,

@@ -129,6 +129,7 @@ class DeliveryState(StrEnum):
     """Where a delivery stands."""
 
     WAITING = "waiting"  # for its time, or for the next attempt
+    SENT = "sent"  # the peer says so of a Series; whether it is here is yet to be looked at
     DONE = "done"
     FAILED = "failed"  # given up; a person should look, and may queue it again
     DROPPED = "dropped"  # when it was due, there was nothing to say any more
@@ -145,6 +146,7 @@ class FetchState(StrEnum):
     """Where a question to a peer, or a Series it is asked for, stands."""
 
     WAITING = "waiting"  # for its time, or for the next attempt
+    SENT = "sent"  # the peer says so of a Series; whether it is here is yet to be looked at
     DONE = "done"
     FAILED = "failed"  # given up; a person should look, and may queue it again
     DROPPED = "dropped"  # when it was due, it was here already, or could not be asked

@@ -37,6 +37,7 @@ class Books:
         self.studies: dict[str, StudyAnswer] = {}
         self.series: dict[str, SeriesAnswer] = {}
         self.passes_over_keys = False
+        self.our_port_is_open = True
         self.trouble: dict[str, list[Exception | None]] = {}
         self.calls: list[tuple[str, Any]] = []
         self.on_retrieve: Callable[[SeriesAnswer], Retrieved] = lambda s: Retrieved(
@@ -66,6 +67,10 @@ class Books:
     def check(self) -> str:
         """Say that it is there."""
         return "in memory"
+
+    def finds_us(self) -> bool:
+        """Say what it was told to."""
+        return self.our_port_is_open
 
     def find_studies(
         self, *, patient_id: str = "", days: tuple[date, date] | None = None, most: int

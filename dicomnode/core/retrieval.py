@@ -76,6 +76,30 @@ def of_patient(
     return [answer for answer, issuer in zip(same, issuers, strict=True) if issuer in allowed]
 
 
+def of_keys(
+    answers: Mapping[str, Sequence[StudyAnswer]],
+    keys: Iterable[PatientKey],
+    default_issuer: str,
+    *,
+    required: bool,
+) -> list[StudyAnswer]:
+    """Return the answers that are about a patient of several keys, each Study once.
+
+    Parameters
+    ----------
+    answers
+        Patient ID that was asked for -> what was answered.
+    keys, default_issuer, required
+        See `of_patient`, which looks at each key.
+    """
+    found: dict[str, StudyAnswer] = {}
+    for key in keys:
+        told = answers.get(key.patient_id, ())
+        for answer in of_patient(told, key, default_issuer, required=required):
+            found.setdefault(answer.study_uid, answer)
+    return list(found.values())
+
+
 def priors(
     answers: Iterable[StudyAnswer],
     study_uid: str,
@@ -142,12 +166,28 @@ def wanted_series(
     ]
 
 
-def is_missing(expected: int | None, received: int) -> bool:
+def is_missing(expected: int | None, received: int, rejected: int = 0) -> bool:
     """Whether a Series is not here in full.
 
-    Of one whose count the archive does not tell, anything at all passes for all of it.
+    Parameters
+    ----------
+    expected
+        Instances that the archive says it has. Of a Series whose count it does not tell, anything
+        at all passes for all of it.
+    received
+        Instances that are here.
+    rejected
+        Those of them that were taken back.
+
+    Notes
+    -----
+    Whether an archive counts what was taken back, or has replaced it, its count does not tell: the
+    Series is wanted until it was fetched once more in vain. One that was taken back as a whole is
+    not: nobody wants it.
     """
-    return received < (1 if expected is None else expected)
+    if rejected and rejected >= received:
+        return received < (expected or 0)
+    return received - rejected < (1 if expected is None else expected)
 
 
 def is_within(hours: tuple[time, time] | None, now: time) -> bool:

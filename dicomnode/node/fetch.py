@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine
 
@@ -17,10 +17,10 @@ from dicomnode import store
 from dicomnode.audit import MINOR_FAILURE, SUCCESS, Act, AuditLog
 from dicomnode.config import Settings, hours_of_day
 from dicomnode.core import retrieval
-from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable, TransientError
 from dicomnode.model import FetchCause, FetchState
 from dicomnode.scu.archive import Archive, Conversation
+from dicomnode.scu.questions import Questions, lacks
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +30,24 @@ RENEW_S = 45.0
 # After a failure of one question or Series, the last one again and again; and how often at most.
 RETRY = tuple(timedelta(minutes=m) for m in (1, 5, 15, 60, 360))
 ATTEMPTS = 8
+# Of a Series that is sent as a whole, again and again, and brings nothing new.
+FRUITLESS = 2
+# After a failure where our own receiver does not listen: not the peer's fault, nor an attempt.
+OWN_DOWN = timedelta(minutes=10)
+# Between looks whether the worker took what was sent.
+BEHIND = timedelta(seconds=5)
 # After a failure to reach a peer at all.
 AWAY = tuple(timedelta(seconds=s) for s in (30, 120, 600, 1800))
-# Studies of one patient: a peer that answers more passes over the Patient ID.
-MAX_STUDIES_OF_PATIENT = 1000
-MAX_STUDIES_OF_DAY = 20_000
-# Of the Studies of a patient, newest first, so many are looked into for CT Series at most.
-MAX_LOOKED_INTO = 50
 
-NOT_ASKABLE = (
-    "its Patient ID has a character that a question takes for a wild card or for two values"
-)
 HERE = "it is here already"
-GONE = "the Study is not here any more"
+OWN_PORT = "our own receiver does not listen, and so nobody can send to us"
+
+
+def _fruitless(fetch: store.Fetch, received: int) -> int:
+    """Return how often in a row a Series was sent that brought nothing new, up to now."""
+    if fetch.sent_at is None:
+        return 0
+    return fetch.fruitless + 1 if received == fetch.held_before else 0
 
 
 class Fetcher:
@@ -58,9 +63,11 @@ class Fetcher:
         self._interval = timedelta(minutes=1 / settings.priors.per_minute)
         self._quiet = timedelta(seconds=settings.priors.settle_seconds)
         self._give_up = timedelta(hours=settings.priors.give_up_hours)
-        # Day -> Study -> how much the peer had of it when all of that was here.
-        self._complete: dict[str, dict[str, tuple[int, int]]] = {}
+        # Who may be asked in our stead: somebody asks them.
+        self._else_ask = tuple(name for name in settings.priors.asked if name != archive.name)
+        self._questions = Questions(settings, engine, archive, self._audited)
         self._began = (datetime.min.replace(tzinfo=UTC), 0.0)
+        self._requests = 0  # of this turn
 
     def step(self, now: datetime) -> int:
         """Ask for one thing that is due, and return 1; 0 where nothing is."""
@@ -89,10 +96,8 @@ class Fetcher:
             try:
                 if isinstance(claimed, store.Fetch):
                     self._fetch(conversation, claimed)
-                elif claimed.cause is FetchCause.PRIOR:
-                    self._ask_for_priors(conversation, claimed)
                 else:
-                    self._ask_for_day(conversation, claimed)
+                    self._ask(conversation, claimed)
             except (PeerUnavailable, PeerRefused) as exc:
                 self._retry(claimed, str(exc))
             except TransientError:  # ours: the database
@@ -102,6 +107,7 @@ class Fetcher:
                 self._retry(claimed, f"not understood: {type(exc).__name__}")
             with store.writing(self._engine) as session:
                 store.reached(session, self._peer)
+                store.charge(session, self._peer, now, self._interval, self._requests)
         return 1
 
     def _claim(
@@ -117,6 +123,7 @@ class Fetcher:
         now = self._began[0]
         with store.writing(self._engine) as session:
             taken = store.take_turn(session, self._peer, now, self._interval)
+        self._requests = 1
         if not taken:
             self._settle(claimed, FetchState.WAITING, due_at=now, is_attempt=False)
         return taken
@@ -124,140 +131,85 @@ class Fetcher:
     def _is_settled_here(self, claimed: store.Inquiry | store.Fetch) -> bool:
         """Settle what needs no peer; False where one is to be asked."""
         if isinstance(claimed, store.Fetch):
-            held = self._held([claimed.what.series_uid]).get(claimed.what.series_uid)
-            if held is None:
-                return False
-            if not retrieval.is_missing(claimed.what.expected, held.received):
-                self._settle(claimed, FetchState.DROPPED, reason=HERE)
-                return True
-            now, quiet_at = self._now(), held.last_arrival_at + self._quiet
-            if now < quiet_at <= now + self._quiet:
-                # It is on its way: whoever sends it is left alone.
-                self._settle(claimed, FetchState.WAITING, due_at=quiet_at, is_attempt=False)
-                return True
-        elif claimed.cause is FetchCause.PRIOR:
-            with store.reading(self._engine) as session:
-                found = store.patient_of_study(session, claimed.subject)
-            if found is None or not retrieval.is_askable(found[0].patient_id):
-                self._settle(claimed, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
-                return True
+            return self._is_settled_by_what_is_here(claimed)
+        why_not = self._questions.why_not(claimed)
+        if why_not:
+            self._settle(claimed, FetchState.DROPPED, reason=why_not)
+        return bool(why_not)
+
+    def _is_settled_by_what_is_here(self, fetch: store.Fetch) -> bool:
+        held = self._held([fetch.what.series_uid]).get(fetch.what.series_uid)
+        received = held.received if held else 0
+        now = self._now()
+        if held and fetch.state is FetchState.WAITING and not lacks(fetch.what.expected, held):
+            self._settle(fetch, FetchState.DROPPED, reason=HERE)
+            return True
+        told = fetch.completed is not None or fetch.warning is not None
+        all_of_it = (fetch.completed or 0) + (fetch.warning or 0) if told else fetch.what.expected
+        all_of_it = all_of_it or 1
+        if fetch.state is FetchState.SENT and received >= all_of_it:
+            fruitless = _fruitless(fetch, received)
+            self._settle(fetch, FetchState.DONE, fruitless=fruitless)
+            return True
+        if held and now < held.last_arrival_at + self._quiet <= now + self._quiet:
+            # It is on its way: whoever sends it is left alone.
+            due_at = held.last_arrival_at + self._quiet
+            self._settle(fetch, fetch.state, due_at=due_at, reason=fetch.reason, is_attempt=False)
+            return True
+        if self._is_yet_to_be_taken(fetch):
+            due_at = now + max(self._quiet, BEHIND)
+            self._settle(fetch, fetch.state, due_at=due_at, reason=fetch.reason, is_attempt=False)
+            return True
+        if fetch.state is FetchState.SENT:
+            # The receivers' log and the quarantine know more.
+            here = f"{received} are here"
+            self._retry(fetch, f"{self._peer} says that it sent {all_of_it} Instances, and {here}")
+            return True
+        if fetch.sent_at and _fruitless(fetch, received) >= FRUITLESS:
+            again = f"sent again {FRUITLESS} times, it brought nothing new"
+            reason = f"{fetch.reason}; {again}" if fetch.reason else again
+            self._settle(fetch, FetchState.FAILED, reason=reason, is_attempt=False)
+            self._tell_failure(fetch, reason, is_over=True)
+            return True
         return False
 
-    def _ask_for_priors(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
-        study_uid = inquiry.subject
+    def _is_yet_to_be_taken(self, fetch: store.Fetch) -> bool:
+        """Whether what a peer sent may still be in the spool, since the worker is not so far."""
+        if not fetch.sent_at or not fetch.sent_at <= self._now() < fetch.sent_at + self._give_up:
+            return False
         with store.reading(self._engine) as session:
-            found = store.patient_of_study(session, study_uid)
-            known = store.dates_of_studies(session, found[0], study_uid) if found else {}
-        if found is None or not retrieval.is_askable(found[0].patient_id):  # by now
-            self._settle(inquiry, FetchState.DROPPED, reason=NOT_ASKABLE if found else GONE)
+            taken = store.last_beat(session, store.WORKER)
+        return taken is None or taken < fetch.sent_at
+
+    def _ask(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
+        """Ask a question, and for the Series that follow, in the go that settles the question."""
+        answer = self._questions.ask(conversation, inquiry, self._now())
+        self._requests = answer.requests
+        if answer.dropped:
+            self._settle(inquiry, FetchState.DROPPED, reason=answer.dropped)
             return
-        patient, when = found
-        day = when.date() if when else self._today()
-        years = self._settings.years
-        with self._audited(Act.QUERY, by_patient=True, study_uid=study_uid) as told:
-            answers = conversation.find_studies(
-                patient_id=patient.patient_id,
-                days=(retrieval.earliest(day, years), day),
-                most=MAX_STUDIES_OF_PATIENT,
-            )
-            told["studies"] = len(answers)
-        own = retrieval.of_patient(
-            answers,
-            patient,
-            self._archive.default_issuer,
-            required=self._settings.issuer == "required",
-        )
-        wanted: dict[str, list[SeriesAnswer]] = {}
-        counted = 0
-        for answer in retrieval.priors(own, study_uid, day, known, years)[:MAX_LOOKED_INTO]:
-            if counted == self._settings.count:
-                break
-            if isinstance(answer, StudyAnswer):
-                wanted[answer.study_uid] = self._wanted(conversation, answer)
-                counted += bool(wanted[answer.study_uid])
-            else:
-                counted += 1  # here, and unknown to this peer
-        orders = self._orders(inquiry, own, wanted)
-        reason = None
-        if others := len(answers) - len(own):
-            reason = f"{others} Studies of the answer are not known to be of this patient"
-            logger.warning(
-                "answers of other patients", extra={"peer": self._peer, "studies": others}
-            )
-        taken = sum(map(bool, wanted.values()))
-        self._order(inquiry, orders, taken, timedelta(0), reason)
-
-    def _ask_for_day(self, conversation: Conversation, inquiry: store.Inquiry) -> None:
-        day = datetime.strptime(inquiry.subject, "%Y%m%d").date()
-        with self._audited(Act.QUERY, day=inquiry.subject) as told:
-            answers = conversation.find_studies(days=(day, day), most=MAX_STUDIES_OF_DAY)
-            told["studies"] = len(answers)
-        answers = [a for a in answers if a.study_date in (None, day) and a.may_have_ct]
-        before = self._complete.get(inquiry.subject, {})
-        complete: dict[str, tuple[int, int]] = {}
-        wanted: dict[str, list[SeriesAnswer]] = {}
-        for answer in answers:
-            size = (answer.series or 0, answer.instances or 0)
-            if answer.instances is not None and before.get(answer.study_uid) == size:
-                complete[answer.study_uid] = before[answer.study_uid]  # nothing came since
-            else:
-                wanted[answer.study_uid] = self._wanted(conversation, answer)
-        orders = self._orders(inquiry, answers, wanted)
-        lacking = {order.study_uid for order in orders}
-        for answer in answers:
-            if answer.study_uid in wanted and answer.study_uid not in lacking:
-                complete[answer.study_uid] = (answer.series or 0, answer.instances or 0)
-        self._complete = dict([*self._complete.items(), (inquiry.subject, complete)][-400:])
-        self._order(inquiry, orders, len(answers), self._quiet, None)
-
-    def _wanted(self, conversation: Conversation, study: StudyAnswer) -> list[SeriesAnswer]:
-        answers = conversation.find_series(study.study_uid)
-        return retrieval.wanted_series(answers, study, self._settings.minimum_instances)
-
-    def _orders(
-        self,
-        inquiry: store.Inquiry,
-        studies: Sequence[StudyAnswer],
-        wanted: dict[str, list[SeriesAnswer]],
-    ) -> list[store.Order]:
-        """Return the Series that are not here in full."""
-        dates = {study.study_uid: study.study_date for study in studies}
-        series = [answer for answers in wanted.values() for answer in answers]
-        held = self._held([answer.series_uid for answer in series])
-        return [
-            store.Order(
-                series_uid=answer.series_uid,
-                study_uid=answer.study_uid,
-                peer=self._peer,
-                cause=inquiry.cause,
-                asked_by=inquiry.subject,
-                study_date=dates[answer.study_uid],
-                expected=answer.instances,
-            )
-            for answer in series
-            if answer.series_uid not in held
-            or retrieval.is_missing(answer.instances, held[answer.series_uid].received)
-        ]
-
-    def _order(
-        self,
-        inquiry: store.Inquiry,
-        orders: Sequence[store.Order],
-        studies: int,
-        later: timedelta,
-        reason: str | None,
-    ) -> None:
         now = self._now()
+        # What is on its way comes by itself.
+        later = self._quiet if inquiry.cause is FetchCause.CATCH_UP else timedelta(0)
         with store.writing(self._engine) as session:
-            ordered = store.order_series(session, orders, now, now + later)
-            store.settle_inquiry(
-                session,
-                inquiry,
-                FetchState.DONE,
-                now,
-                reason=reason,
-                found=(studies, len(ordered)),
-            )
+            ordered = store.order_series(session, answer.orders, now, now + later)
+            found = answer.studies, answer.series + len(ordered)
+            if answer.is_done:
+                store.settle_inquiry(
+                    session, inquiry, FetchState.DONE, now, reason=answer.reason, found=found
+                )
+            else:  # when fetches had as many turns as this took
+                store.settle_inquiry(
+                    session,
+                    inquiry,
+                    FetchState.WAITING,
+                    now,
+                    due_at=self._began[0] + 2 * answer.requests * self._interval,
+                    reason=answer.reason,
+                    found=found,
+                    is_attempt=False,
+                )
+        self._questions.note(inquiry, answer, len(ordered))
         if ordered:
             extra = {"peer": self._peer, "cause": str(inquiry.cause), "series": len(ordered)}
             logger.info("series to be fetched", extra={**extra, "asked_by": inquiry.subject})
@@ -270,7 +222,13 @@ class Fetcher:
         if not named:
             raise PeerRefused(f"{self._peer} names no such CT Series any more")
         expected = named[0].instances
-        if what.cause is FetchCause.CATCH_UP and expected not in (None, what.expected):
+        held = self._held([what.series_uid]).get(what.series_uid)
+        if held and not lacks(expected, held):  # it has fewer than it had
+            self._settle(fetch, FetchState.DROPPED, reason=HERE)
+            return
+        is_late = self._now() - fetch.asked_at >= self._give_up
+        has_grown = what.expected is not None and (expected or 0) > what.expected
+        if what.cause is FetchCause.CATCH_UP and has_grown and not is_late:
             # It is still arriving there: its forward is yet to come.
             self._settle(
                 fetch,
@@ -280,19 +238,34 @@ class Fetcher:
                 is_attempt=False,
             )
             return
-        with self._audited(
-            Act.RETRIEVE, study_uid=what.study_uid, series_uid=what.series_uid
-        ) as told:
-            retrieved = conversation.retrieve(what.study_uid, what.series_uid)
-            told |= {"instances": retrieved.arrived, "failed": retrieved.failed or None}
+        if expected is not None:
+            with store.writing(self._engine) as session:
+                store.note_expected(session, fetch, expected)
+        received = held.received if held else 0
+        fruitless = _fruitless(fetch, received)
+        try:
+            with self._audited(
+                Act.RETRIEVE, study_uid=what.study_uid, series_uid=what.series_uid
+            ) as told:
+                retrieved = conversation.retrieve(what.study_uid, what.series_uid)
+                told |= {"instances": retrieved.arrived, "failed": retrieved.failed or None}
+        except PeerRefused as exc:
+            self._retry(fetch, str(exc), is_attempt=self._archive.finds_us())
+            return
         counts = (retrieved.completed, retrieved.failed, retrieved.warning)
         reason, arrived = retrieved.reason, retrieved.arrived
         if not reason and arrived is not None and arrived < (1 if expected is None else expected):
             reason = f"{self._peer} sent {arrived} of {expected or 'some'} Instances"
+        sent = None if arrived == 0 else store.Sent(self._now(), received, fruitless)
         if reason:
-            self._retry(fetch, reason, counts, expected)
+            told_nothing = not arrived and bool(retrieved.failed)
+            is_attempt = not told_nothing or self._archive.finds_us()
+            self._retry(fetch, reason, counts, expected, sent, is_attempt=is_attempt)
             return
-        self._settle(fetch, FetchState.DONE, counts=counts, expected=expected)
+        due_at = self._now() + self._quiet
+        self._settle(
+            fetch, FetchState.SENT, due_at=due_at, counts=counts, expected=expected, sent=sent
+        )
         extra = {"peer": self._peer, "cause": str(what.cause), "instances": arrived}
         logger.info("series fetched", extra={**extra, "series_uid": what.series_uid})
 
@@ -302,19 +275,41 @@ class Fetcher:
         reason: str,
         counts: store.Counts | None = None,
         expected: int | None = None,
+        sent: store.Sent | None = None,
+        *,
+        is_attempt: bool = True,
     ) -> None:
-        """Try it again later, or give it up."""
+        """Try it again later, of another peer if one has it, or give it up."""
         now = self._now()
-        late = now - claimed.asked_at >= self._give_up or claimed.attempts >= ATTEMPTS
-        state = FetchState.FAILED if late else FetchState.WAITING
-        due_at = now + RETRY[min(claimed.attempts, len(RETRY)) - 1]
-        self._settle(claimed, state, due_at=due_at, reason=reason, counts=counts, expected=expected)
+        is_over = now - claimed.asked_at >= self._give_up
+        is_over |= is_attempt and claimed.attempts >= ATTEMPTS
+        state = FetchState.FAILED if is_over else FetchState.WAITING
+        due_at = now + RETRY[min(max(claimed.attempts, 1), len(RETRY)) - 1]
+        else_ask = () if is_over else self._else_ask
+        if not is_attempt:
+            reason, due_at, else_ask = f"{reason}; {OWN_PORT}", now + OWN_DOWN, ()
+        self._settle(
+            claimed,
+            state,
+            due_at=due_at,
+            reason=reason,
+            counts=counts,
+            expected=expected,
+            sent=sent,
+            is_attempt=is_attempt,
+            else_ask=else_ask,
+        )
+        self._tell_failure(claimed, reason, is_over=is_over)
+
+    def _tell_failure(
+        self, claimed: store.Inquiry | store.Fetch, reason: str, *, is_over: bool
+    ) -> None:
         extra = {"peer": self._peer, "attempts": claimed.attempts, "reason": reason}
         if isinstance(claimed, store.Fetch):
             extra["series_uid"] = claimed.what.series_uid
         else:
             extra |= {"cause": str(claimed.cause), "subject": claimed.subject}
-        if late:
+        if is_over:
             logger.error("fetch given up", extra=extra)
         else:
             logger.warning("fetch failed", extra=extra)
@@ -326,7 +321,9 @@ class Fetcher:
         state = FetchState.FAILED if late else FetchState.WAITING
         with store.writing(self._engine) as session:
             store.put_off(session, self._peer, now, AWAY, reason)
-        self._settle(claimed, state, due_at=now, reason=reason, is_attempt=late)
+            store.hand_over(session, self._peer, self._else_ask, now)
+        else_ask = () if late else self._else_ask
+        self._settle(claimed, state, due_at=now, reason=reason, is_attempt=late, else_ask=else_ask)
         logger.warning("peer away", extra={"peer": self._peer, "reason": reason})
 
     def _settle(
@@ -339,7 +336,12 @@ class Fetcher:
         is_attempt: bool = True,
         counts: store.Counts | None = None,
         expected: int | None = None,
+        sent: store.Sent | None = None,
+        fruitless: int | None = None,
+        else_ask: Sequence[str] = (),
     ) -> None:
+        # To look at what a peer sent is not counted to begin with.
+        is_attempt |= claimed.state is FetchState.SENT
         now = self._now()
         with store.writing(self._engine) as session:
             if isinstance(claimed, store.Fetch):
@@ -352,7 +354,10 @@ class Fetcher:
                     reason=reason,
                     counts=counts,
                     expected=expected,
+                    sent=sent,
+                    fruitless=fruitless,
                     is_attempt=is_attempt,
+                    else_ask=else_ask,
                 )
             else:
                 store.settle_inquiry(
@@ -372,9 +377,6 @@ class Fetcher:
     def _now(self) -> datetime:
         began, at = self._began
         return began + timedelta(seconds=time.monotonic() - at)
-
-    def _today(self) -> date:
-        return self._now().astimezone().date()
 
     @contextlib.contextmanager
     def _kept(self, claimed: store.Inquiry | store.Fetch) -> Iterator[None]:

@@ -58,6 +58,7 @@ class HL7Listener:
             for address in own.senders
             for name in (("0.0.0.0/0", "::/0") if address == "*" else (address,))
         ]
+        self._priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
         self._audit = AuditLog(settings.audit_log)
         self._lock = threading.Lock()
         self._seldom = Seldom()
@@ -131,7 +132,7 @@ class HL7Listener:
             raise MessageError("processing ID (MSH-11) is not taken")
         # One at a time: the store would let them wait for each other, a connection each.
         with self._lock, store.writing(self.engine) as session:
-            changes = _apply(session, message, said, now)
+            changes = _apply(session, message, said, now, self._priors)
         self.counts["taken"] += 1
         for changed in changes:
             if not changed.is_new:
@@ -150,7 +151,9 @@ class HL7Listener:
             logger.warning("connection refused", extra=extra)
 
 
-def _apply(session: Session, message: Message, said: Said, now: datetime) -> list[Changed]:
+def _apply(
+    session: Session, message: Message, said: Said, now: datetime, priors: store.AskPriors
+) -> list[Changed]:
     """Do what a message says, but for one that was taken before."""
     pairs = [part for pair in said.pairs for k in pair for part in (k.patient_id, k.issuer)]
     parts = [*(message.header(n) for n in (3, 4, 7, 10)), str(said.kind), *pairs]
@@ -159,8 +162,8 @@ def _apply(session: Session, message: Message, said: Said, now: datetime) -> lis
     changes: list[Changed] = []
     for merged, into in said.pairs:
         if said.kind is Kind.LINK:
-            source, control_id = LinkSource.HL7, message.control_id
-            changes.append(store.link_patients(session, merged, into, source, now, control_id))
+            how = LinkSource.HL7, now, message.control_id, priors
+            changes.append(store.link_patients(session, merged, into, *how))
         else:
             changes += store.unlink_between(session, merged, into, now)
     return changes

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+BEAT_S = 5.0  # between heartbeats
 LOOK_S = 1.0  # between looks for complete Series and pairs, where nothing says that there are
 IDLE_S = 0.5  # a worker without work looks so often whether it is to stop
 # Less than a batch waits so long for company: one by one, slices took 4 ms of CPU each.
@@ -110,6 +111,8 @@ class Worker:
         self._prune = PruneStage(engine, days)
         self._batch = settings.score.batch
         self._assembled_at = self._aligned_at = self._pruned_at = -math.inf
+        # For who asks peers to send: whether what they sent was taken.
+        self._engine, self._beats, self._beat_at = engine, bool(settings.priors.asked), -math.inf
         self._pairs_wait = False
         self.is_alone = False  # whether the last step took a few slices, and all there were
         logger.info(
@@ -142,7 +145,12 @@ class Worker:
             self._sweep.step(datetime.now(UTC))
             took = time.monotonic() - begun
             self._sweep_at = time.monotonic() + max(SWEEP_S, SWEEP_SHARE * took)
+        before = datetime.now(UTC)
         taken = self._score.step()
+        if self._beats and begun >= self._beat_at:
+            self._beat_at = begun + BEAT_S
+            with store.writing(self._engine) as session:
+                store.beat(session, store.WORKER, min(taken.until or before, before))
         self.is_alone = taken.last and 0 < taken.instances < self._batch
         done = taken.instances + (taken.until is not None)
         now = datetime.now(UTC)

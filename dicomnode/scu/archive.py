@@ -1,6 +1,7 @@
 """Whom earlier CT is asked of: a peer by C-FIND and C-MOVE, or a DICOMweb server."""
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from datetime import date
 from typing import Protocol
@@ -13,6 +14,8 @@ from dicomnode.scu.association import Link, associated
 from dicomnode.scu.dicomweb import opened
 from dicomnode.scu.move import Retrieved
 from dicomnode.scu.reactor import hold
+
+OWN_S = 5.0  # to connect to ourselves
 
 
 class Conversation(Protocol):
@@ -41,6 +44,9 @@ class Archive(Protocol):
 
     def check(self) -> str:
         """Try whether it answers, without a patient, and say what cannot be tried."""
+
+    def finds_us(self) -> bool:
+        """Whether what it sends finds somebody who takes it."""
 
 
 class DimseArchive:
@@ -77,6 +83,17 @@ class DimseArchive:
             f"{self.name} takes C-FIND and C-MOVE; whether it knows {us} as a Move Destination "
             "shows at the first C-MOVE alone"
         )
+
+    def finds_us(self) -> bool:
+        """Whether our own port takes connections: the peer sends by an association of its own."""
+        node = self._settings.node
+        # The wildcard addresses stand for every one; one of this machine is meant here.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(node.host, node.host)
+        try:
+            socket.create_connection((host, node.port), OWN_S).close()
+        except OSError:
+            return False
+        return True
 
 
 class _DimseConversation:
@@ -122,6 +139,10 @@ class WebArchive:
             long_ago = date(1900, 1, 1)
             conversation.find_studies(days=(long_ago, long_ago), most=find.MAX_ANSWERS)
         return f"{self._server.url} answers QIDO-RS; whether it sends by WADO-RS was not tried"
+
+    def finds_us(self) -> bool:
+        """Whether somebody takes what it sends: we do, as it answers."""
+        return True
 
 
 def archive_of(settings: Settings, name: str) -> Archive:

@@ -1,20 +1,28 @@
 """What peers are asked for: questions to them, and the Series that follow from the answers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import FetchCause, FetchState, PatientKey
+from dicomnode.store.identity import of_keys
 from dicomnode.store.session import insert
 
 CAUSES = tuple(FetchCause)
+UNDER_WAY = (FetchState.WAITING, FetchState.SENT)
+ENDED = (FetchState.DONE, FetchState.FAILED, FetchState.DROPPED)
+# Longer than any pause between attempts, lease, or `priors.settle_seconds`.
+LONGEST = timedelta(days=2)
 DAY = "%Y%m%d"
-_PART = 10_000  # SQLite takes 32,766 parameters in a statement
+# Of a patient whose keys changed, so many are looked at for one that is recent and no prior itself.
+NEWEST = 50
+NEVER_SENT = {"sent_at": None, "held_before": None, "fruitless": 0}
 
 Counts = tuple[int | None, int | None, int | None]  # Instances completed, failed, with a warning
 
@@ -75,14 +83,19 @@ class Fetch:
     completed: int | None
     failed: int | None
     warning: int | None
+    others: tuple[str, ...] = ()  # peers that have it, too
+    sent_at: datetime | None = None  # when a peer last said that it sent some of it
+    held_before: int | None = None  # Instances that were here before that
+    fruitless: int = 0  # times in a row that it was sent, and nothing new was here after
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is here of a Series."""
+class Sent:
+    """What a peer says that it sent of a Series, and how that compares with before."""
 
-    received: int  # distinct Instances
-    last_arrival_at: datetime
+    at: datetime
+    held_before: int  # Instances
+    fruitless: int
 
 
 def ask_priors(
@@ -94,23 +107,44 @@ def ask_priors(
     now: datetime,
     *,
     anew: bool = False,
-) -> None:
+) -> bool:
     """Ask for earlier Studies of a patient, in the transaction that stores the first of a new one.
 
     Once for each Study; `anew` where who the patient is was corrected. A Study that was itself
-    asked for as a prior asks for none.
+    asked for as a prior asks for none, nor does an old one: then it is False.
     """
     if not ask.peers or not patient.known:
-        return
+        return False
     # Local time, as the scanner wrote it: a day more or less does not matter here.
     if ask.recent_days and study_datetime is not None:
         if study_datetime.date() < (now - timedelta(days=ask.recent_days)).date():
-            return
+            return False
     is_prior = and_(schema.Fetch.study_uid == study_uid, schema.Fetch.cause == FetchCause.PRIOR)
     if session.scalar(select(exists().where(is_prior))):
-        return
+        return False
     for peer in sorted(ask.peers):  # one order, so that two workers cannot deadlock
         _ask(session, FetchCause.PRIOR, peer, study_uid, now, anew=anew)
+    return True
+
+
+def ask_priors_of(
+    session: Session, ask: AskPriors, keys: Sequence[PatientKey], now: datetime
+) -> None:
+    """Ask anew for earlier Studies of a patient whose keys have changed, for the newest Study."""
+    if not ask.peers:
+        return
+    columns = schema.Series
+    newest = func.max(columns.study_datetime)
+    rows = session.execute(
+        select(columns.study_uid, newest)
+        .where(of_keys(columns.patient_id, columns.issuer, keys), columns.modality == "CT")
+        .group_by(columns.study_uid)
+        .order_by(newest.desc().nulls_last(), columns.study_uid)
+        .limit(NEWEST)
+    )
+    for study_uid, when in rows.all():
+        if ask_priors(session, ask, study_uid, keys[0], when, now, anew=True):
+            return
 
 
 def ask_days(session: Session, peer: str, days: Iterable[date], now: datetime) -> None:
@@ -176,6 +210,17 @@ def renew_lease(session: Session, claimed: Inquiry | Fetch, until: datetime) -> 
     return found.scalar() is not None
 
 
+def note_expected(session: Session, fetch: Fetch, expected: int) -> None:
+    """Note how many Instances of a Series a peer is about to send; it may have grown there."""
+    row = schema.Fetch
+    session.execute(
+        update(row)
+        .where(row.id == fetch.id, row.version == fetch.version)
+        .where(or_(row.expected.is_(None), row.expected < expected))
+        .values(expected=expected)
+    )
+
+
 def settle_inquiry(
     session: Session,
     inquiry: Inquiry,
@@ -199,7 +244,7 @@ def settle_inquiry(
     values: dict[str, Any] = {} if found is None else {"studies": found[0], "series": found[1]}
     if not is_attempt:
         values["attempts"] = inquiry.attempts - 1
-    return _settle(session, schema.Inquiry, inquiry, state, now, due_at, reason, values)
+    return _settle(session, inquiry, state, now, due_at, reason, values)
 
 
 def settle_fetch(
@@ -212,7 +257,10 @@ def settle_fetch(
     reason: str | None = None,
     counts: Counts | None = None,
     expected: int | None = None,
+    sent: Sent | None = None,
+    fruitless: int | None = None,
     is_attempt: bool = True,
+    else_ask: Collection[str] = (),
 ) -> bool:
     """Note how asking for a Series went; False where it was asked for anew meanwhile.
 
@@ -221,81 +269,46 @@ def settle_fetch(
     counts
         Instances completed, failed, and completed with a warning; None: it did not come so far.
     expected
-        What the peer says now, where it says something.
+        What the peer says now, where it says something. The most is kept: a count that goes up
+        and down again is no growth.
+    sent
+        None: nothing was sent.
+    fruitless
+        How often in a row it was sent for nothing, where that is known without a further sending.
     is_attempt
         Whether it was tried at all.
+    else_ask
+        Peers that may be asked instead: the next one of those that have it is, at once until each
+        had its turn.
     """
-    values: dict[str, Any] = {}
+    row = session.get_one(schema.Fetch, fetch.id, with_for_update=True, populate_existing=True)
+    if row.version != fetch.version:
+        return False
+    row.state, row.reason, row.due_at = state, reason, due_at or now
+    row.done_at = now if state in ENDED else None
     if counts is not None:
-        values |= dict(zip(("completed", "failed", "warning"), counts, strict=True))
+        row.completed, row.failed, row.warning = counts
     if expected is not None:
-        values["expected"] = expected
+        row.expected = max(expected, row.expected or 0)
+    if sent is not None:
+        row.sent_at, row.held_before, row.fruitless = sent.at, sent.held_before, sent.fruitless
+    elif fruitless is not None:
+        row.fruitless = fruitless
     if not is_attempt:
-        values["attempts"] = fetch.attempts - 1
-    return _settle(session, schema.Fetch, fetch, state, now, due_at, reason, values)
+        row.attempts = fetch.attempts - 1
+    if hand_on(row, else_ask) and (not is_attempt or fetch.attempts <= len(row.others)):
+        row.due_at = now
+    session.flush()
+    return True
 
 
-def order_series(
-    session: Session, orders: Sequence[Order], now: datetime, due_at: datetime
-) -> list[str]:
-    """Ask for Series, in the transaction that settles the question they follow from.
-
-    What was asked for before is not asked for again, but where the peer has more of it now, or
-    where it was given up and another subject asks. Why it was asked for first stays: a Study that
-    came as a prior is no new one, whatever follows.
-
-    Returns
-    -------
-    list of str
-        UIDs of the Series that are asked for now.
-    """
-    ordered = []
-    for order in sorted(orders, key=lambda o: o.series_uid):
-        values = {
-            "series_uid": order.series_uid,
-            "study_uid": order.study_uid,
-            "peer": order.peer,
-            "cause": order.cause,
-            "asked_by": order.asked_by,
-            "study_date": order.study_date.strftime(DAY) if order.study_date else "",
-            "expected": order.expected,
-            "version": 1,
-            "state": FetchState.WAITING,
-            "attempts": 0,
-            "asked_at": now,
-            "due_at": due_at,
-        }
-        anew = {
-            k: values[k]
-            for k in ("peer", "asked_by", "expected", "state", "attempts", "asked_at", "due_at")
-        }
-        fetch = schema.Fetch
-        given_up = and_(fetch.state == FetchState.FAILED, fetch.asked_by != order.asked_by)
-        grown = and_(fetch.state != FetchState.WAITING, fetch.expected < (order.expected or 0))
-        done = session.execute(
-            insert(session, fetch)
-            .values(values)
-            .on_conflict_do_update(
-                index_elements=["series_uid"],
-                set_={**anew, "done_at": None, "reason": None, "version": fetch.version + 1},
-                where=or_(given_up, grown),
-            )
-            .returning(fetch.id)
-        )
-        if done.scalar() is not None:
-            ordered.append(order.series_uid)
-    return ordered
-
-
-def held_series(session: Session, series_uids: Iterable[str]) -> dict[str, Held]:
-    """Return what is here of these Series."""
-    uids, found = sorted(set(series_uids)), {}
-    columns = (schema.Series.series_uid, schema.Series.received, schema.Series.last_arrival_at)
-    for at in range(0, len(uids), _PART):
-        query = select(*columns).where(schema.Series.series_uid.in_(uids[at : at + _PART]))
-        for uid, received, last_arrival_at in session.execute(query):
-            found[uid] = Held(received, last_arrival_at)
-    return found
+def hand_on(row: schema.Fetch, allowed: Collection[str]) -> bool:
+    """Let the next of the other peers be asked for a Series; False where there is none."""
+    if not (found := [peer for peer in row.others if peer in allowed]):
+        return False
+    row.others = [*(peer for peer in row.others if peer != found[0]), row.peer]
+    row.peer = found[0]
+    return True
 
 
 def patient_of_study(session: Session, study_uid: str) -> tuple[PatientKey, datetime | None] | None:
@@ -309,15 +322,16 @@ def patient_of_study(session: Session, study_uid: str) -> tuple[PatientKey, date
     return None if row is None else (PatientKey(row[0], row[1]), row[2])
 
 
-def dates_of_studies(session: Session, patient: PatientKey, asked_by: str) -> dict[str, date]:
-    """Return Study -> date of the patient's Studies with CT that are here or on order.
+def dates_of_studies(
+    session: Session, keys: Sequence[PatientKey], asked_by: str
+) -> dict[str, date]:
+    """Return Study -> date of a patient's Studies with CT that are here or on order.
 
     On order is what the Study `asked_by` asked for before, of another peer.
     """
     here = session.execute(
         select(schema.Series.study_uid, schema.Series.study_datetime).where(
-            schema.Series.patient_id == patient.patient_id,
-            schema.Series.issuer == patient.issuer,
+            of_keys(schema.Series.patient_id, schema.Series.issuer, keys),
             schema.Series.modality == "CT",
         )
     )
@@ -334,9 +348,17 @@ def dates_of_studies(session: Session, patient: PatientKey, asked_by: str) -> di
 
 
 def expected_of(session: Session, series_uid: str) -> int | None:
-    """Return how many Instances a Series has, where a peer was asked for it and told."""
+    """Return how many Instances of a Series will come, where we had a peer send it as a prior.
+
+    Of one that is only caught up with, or that comes before it was asked for, the archive's count
+    tells nothing: it is forwarded slice by slice, and grows there while it does.
+    """
     return session.scalar(
-        select(schema.Fetch.expected).where(schema.Fetch.series_uid == series_uid)
+        select(schema.Fetch.expected).where(
+            schema.Fetch.series_uid == series_uid,
+            schema.Fetch.cause == FetchCause.PRIOR,
+            schema.Fetch.attempts > 0,
+        )
     )
 
 
@@ -365,6 +387,23 @@ def list_fetches(
     return [_fetch(row) for row in session.scalars(_filtered(query, schema.Fetch, state, peer))]
 
 
+def count_fetches(
+    session: Session, peers: Collection[str], since: datetime
+) -> dict[FetchState, int]:
+    """Return how many questions and Series are under way, and were given up since a time."""
+    counts: Counter[FetchState] = Counter()
+    for table in (schema.Inquiry, schema.Fetch):
+        given_up = and_(table.state == FetchState.FAILED, table.done_at >= since)
+        rows = session.execute(
+            select(table.state, func.count())
+            .where(table.peer.in_(peers), table.state.in_((*UNDER_WAY, FetchState.FAILED)))
+            .where(or_(table.state.in_(UNDER_WAY), given_up))
+            .group_by(table.state)
+        )
+        counts.update({FetchState(state): count for state, count in rows})
+    return dict(counts)
+
+
 def requeue_fetches(session: Session, now: datetime, uids: Sequence[str] = ()) -> int:
     """Queue again what was given up, of these UIDs of Series and Studies, or all; return how many.
 
@@ -378,6 +417,8 @@ def requeue_fetches(session: Session, now: datetime, uids: Sequence[str] = ()) -
     for table, is_named in subjects.items():
         given_up = update(table).where(table.state == FetchState.FAILED)
         anew = {"state": FetchState.WAITING, "version": table.version + 1, "attempts": 0}
+        if table is schema.Fetch:
+            anew |= NEVER_SENT
         found = session.execute(
             (given_up.where(is_named) if uids else given_up)
             .values({**anew, "asked_at": now, "due_at": now, "done_at": None})
@@ -420,12 +461,12 @@ def _ask(
 def _due(
     table: Table, peer: str, now: datetime, causes: Sequence[FetchCause]
 ) -> ColumnElement[bool]:
-    return and_(
-        table.peer == peer,
-        table.state == FetchState.WAITING,
-        table.due_at <= now,
-        table.cause.in_(causes),
-    )
+    # What waits for longer than anything does was put off before the clock was set back.
+    due = or_(table.due_at <= now, table.due_at > now + LONGEST)
+    waiting = and_(table.state == FetchState.WAITING, table.cause.in_(causes))
+    # To look at what came needs no peer, and so no hours.
+    state = or_(waiting, table.state == FetchState.SENT)
+    return and_(table.peer == peer, table.state.in_(UNDER_WAY), due, state)
 
 
 def _claim(
@@ -444,15 +485,14 @@ def _claim(
     row = session.scalars(query).first()
     if row is not None:
         row.due_at = now + lease
-        row.attempts += 1
+        row.attempts += row.state == FetchState.WAITING
         session.flush()
     return row
 
 
 def _settle(
     session: Session,
-    table: Table,
-    claimed: Inquiry | Fetch,
+    claimed: Inquiry,
     state: FetchState,
     now: datetime,
     due_at: datetime | None,
@@ -465,11 +505,12 @@ def _settle(
         "due_at": due_at or now,
         "done_at": None if state is FetchState.WAITING else now,
     }
+    asked = schema.Inquiry
     found = session.execute(
-        update(table)
-        .where(table.id == claimed.id, table.version == claimed.version)
+        update(asked)
+        .where(asked.id == claimed.id, asked.version == claimed.version)
         .values({**values, **more})
-        .returning(table.id)
+        .returning(asked.id)
     )
     return found.scalar() is not None
 
@@ -523,4 +564,8 @@ def _fetch(row: schema.Fetch) -> Fetch:
         completed=row.completed,
         failed=row.failed,
         warning=row.warning,
+        others=tuple(row.others),
+        sent_at=row.sent_at,
+        held_before=row.held_before,
+        fruitless=row.fruitless,
     )

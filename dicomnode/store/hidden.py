@@ -32,6 +32,14 @@ def rejected_of(session: Session, sop_instance_uids: Iterable[str]) -> set[str]:
     return {row.sop_instance_uid for row in _in_force(session, sop_instance_uids)}
 
 
+def rejections_of(session: Session, sop_instance_uids: Iterable[str]) -> dict[str, set[str]]:
+    """Return Instance -> document titles (DCM) of the notes that hide it, of those that are."""
+    found: dict[str, set[str]] = {}
+    for row in _in_force(session, sop_instance_uids):
+        found.setdefault(row.sop_instance_uid, set()).add(row.code)
+    return found
+
+
 def without_rejected(session: Session, results: Sequence[SliceResult]) -> list[SliceResult]:
     """Return slices as they are to be stored: those of rejected Instances without a score.
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from db import schema
 from dicomnode.model import DeliveryKind, DeliveryState, PatientKey
+from dicomnode.store.fetches import AskPriors, ask_priors_of
 from dicomnode.store.identity import hold_identity, of_keys, patient_keys, regroup
 from dicomnode.store.pairs import ask_offsets_between, drop_offsets_between, series_of_keys
 from dicomnode.store.session import insert
@@ -60,8 +61,11 @@ def link_patients(
     source: LinkSource,
     now: datetime,
     control_id: str = "",
+    priors: AskPriors | None = None,
 ) -> Changed:
     """Say that two patient keys are one patient, and ask for the pairs that brings.
+
+    And, where `priors` says whom, for earlier Studies that an archive has under either key.
 
     Raises
     ------
@@ -91,6 +95,8 @@ def link_patients(
     if into in ours:  # by other links: this one holds when those go
         return Changed(_link(row), is_new=True)
     regroup(session, [*ours, *theirs])
+    if priors is not None:
+        ask_priors_of(session, priors, [*ours, *theirs], now)
     return Changed(_link(row), True, ask_offsets_between(session, ours, theirs, now))
 
 

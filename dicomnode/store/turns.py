@@ -21,16 +21,23 @@ class PeerTurn:
     reason: str | None
 
 
+WORKER = "worker"  # its heartbeat is the time up to which it took what arrived
+
+# No turn counts for more, and no peer that is away is left alone for longer.
+MOST_REQUESTS = 64
+LONGEST = timedelta(minutes=30)
+
+
 def take_turn(session: Session, peer: str, now: datetime, interval: timedelta) -> bool:
     """Take the turn to ask a peer for something; False where it is not due yet.
 
     The next one is so much later, for every process, and after a restart. One that lies further
-    ahead than that without a failure stems from before the clock was set back.
+    ahead than can be stems from before the clock was set back.
     """
     turns = insert(session, schema.Turn).values(peer=peer, next_at=now, failures=0)
     session.execute(turns.on_conflict_do_nothing())
     row = session.get_one(schema.Turn, peer, with_for_update=True, populate_existing=True)
-    if not _is_due(row.next_at, row.failures, now, interval):
+    if not _is_due(row.next_at, now, interval):
         return False
     row.next_at = now + interval
     session.flush()
@@ -40,8 +47,20 @@ def take_turn(session: Session, peer: str, now: datetime, interval: timedelta) -
 def may_ask(session: Session, peer: str, now: datetime, interval: timedelta) -> bool:
     """Whether `take_turn` would find it due."""
     turn = schema.Turn
-    row = session.execute(select(turn.next_at, turn.failures).where(turn.peer == peer)).first()
-    return row is None or _is_due(row[0], row[1], now, interval)
+    next_at = session.scalar(select(turn.next_at).where(turn.peer == peer))
+    return next_at is None or _is_due(next_at, now, interval)
+
+
+def charge(
+    session: Session, peer: str, began: datetime, interval: timedelta, requests: int
+) -> None:
+    """Let a turn that took more than one request put off the next one for each of them."""
+    later = began + interval * min(requests, MOST_REQUESTS)
+    session.execute(
+        update(schema.Turn)
+        .where(schema.Turn.peer == peer, schema.Turn.next_at < later)
+        .values(next_at=later)
+    )
 
 
 def put_off(
@@ -51,7 +70,7 @@ def put_off(
     turns = insert(session, schema.Turn).values(peer=peer, next_at=now, failures=0)
     session.execute(turns.on_conflict_do_nothing())
     row = session.get_one(schema.Turn, peer, with_for_update=True, populate_existing=True)
-    row.next_at = now + delays[min(row.failures, len(delays) - 1)]
+    row.next_at = now + min(delays[min(row.failures, len(delays) - 1)], LONGEST)
     row.failures, row.reason = row.failures + 1, reason
 
 
@@ -81,5 +100,5 @@ def beat(session: Session, part: str, now: datetime) -> None:
     session.execute(beats.on_conflict_do_update(index_elements=["part"], set_={"at": now}))
 
 
-def _is_due(next_at: datetime, failures: int, now: datetime, interval: timedelta) -> bool:
-    return next_at <= now or (not failures and next_at > now + interval)
+def _is_due(next_at: datetime, now: datetime, interval: timedelta) -> bool:
+    return not now < next_at <= now + max(interval * MOST_REQUESTS, LONGEST)

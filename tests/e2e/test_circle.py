@@ -433,18 +433,24 @@ def test_what_the_pacs_sends_while_the_node_is_down_arrives_afterwards_once(hosp
         assert (row.received, row.scored, row.revision) == (*[len(made.slices)] * 2, 1)
         (delivery,) = hospital.delivered(made.series_uid, DeliveryKind.REPORT)
         assert delivery.version == 1
+    ours = {made.series_uid for made in scans}
+
+    def asked() -> list[store.Fetch]:
+        with store.reading(node.engine) as session:
+            return [f for f in store.list_fetches(session) if f.what.series_uid in ours]
+
+    # That they are here shows a little after they were sent.
+    eventually(lambda: FetchState.SENT not in {f.state for f in asked()}, "all looked at")
     with store.reading(node.engine) as session:
         stored = [
             (o.fixed_series, o.moving_series, o.offset.method)
             for made in scans
             for o in store.offsets_of(session, fixed_study=made.study_uid)
         ]
-        fetches = store.list_fetches(session)
     assert len(stored) == len(set(stored)) == len(scans) // 2 * len(Method)
-    ours = {made.series_uid for made in scans}
-    asked = [f for f in fetches if f.what.series_uid in ours]
-    assert {f.what.series_uid for f in asked} == ours and len(asked) == len(ours)
-    assert {(f.what.cause, f.state, f.attempts) for f in asked} == {
+    fetches = asked()
+    assert {f.what.series_uid for f in fetches} == ours and len(fetches) == len(ours)
+    assert {(f.what.cause, f.state, f.attempts) for f in fetches} == {
         (FetchCause.CATCH_UP, FetchState.DONE, 1)
     }
 

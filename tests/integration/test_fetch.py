@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -16,21 +18,35 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.audit import AuditLog
 from dicomnode.cli import main
-from dicomnode.config import Settings
+from dicomnode.config import Settings, load
 from dicomnode.core.retrieval import SeriesAnswer, StudyAnswer
-from dicomnode.errors import PeerRefused, PeerUnavailable
-from dicomnode.model import Evidence, FetchCause, FetchState, PatientKey
+from dicomnode.errors import PeerRefused, PeerUnavailable, StoreUnavailable
+from dicomnode.model import Evidence, FetchCause, FetchState, PatientKey, Rejection
 from dicomnode.node import exchange
 from dicomnode.node import fetch as module
 from dicomnode.node.catch_up import CatchUp
 from dicomnode.node.fetch import Fetcher
+from dicomnode.node.hl7 import HL7Listener
+from dicomnode.scu import questions
+from dicomnode.scu.archive import archive_of
 from dicomnode.scu.move import Retrieved
 from dicomnode.store import AskPriors, Order, intake
+from dicomnode.web.pages import live
 from tests.archives import AWAY, Books
-from tests.integration.test_store import MODEL, PATIENT, manifest, on_postgres, scored
+from tests.integration.test_store import (
+    MODEL,
+    PATIENT,
+    finish,
+    manifest,
+    on_postgres,
+    scored,
+    sop_uid,
+)
 
 NOW = datetime(2026, 3, 4, 12, tzinfo=UTC)
 TODAY = NOW.astimezone().date()
+# What is the same whatever the database.
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 NEW = "1.2.900"  # the Study that arrives
 ASK = AskPriors(("PACS",), 30)
@@ -71,7 +87,7 @@ def arrive(
         for k in range(count)
     ]
     with store.writing(engine) as session:
-        store.record_slices(session, MODEL, results, ask)
+        store.record_slices(session, MODEL, results, priors=ask)
 
 
 def prior(
@@ -108,6 +124,8 @@ class Run:
 
     def after(self, later: timedelta) -> int:
         self.now += later
+        with store.writing(self.engine) as session:  # the worker took all that there is
+            store.beat(session, store.WORKER, self.now)
         return self.steps()
 
     def fetches(self) -> dict[str, store.Fetch]:
@@ -144,7 +162,7 @@ def test_the_newest_priors_of_the_patient_are_fetched_series_by_series(run, pacs
     assert set(pacs.retrieved) == {u for y in (2025, 2024, 2023) for u in (uids[y][0], uids[y][2])}
     assert scout not in run.fetches()
     found = run.fetches()[first]
-    assert (found.state, found.completed, found.failed) == (FetchState.DONE, 40, 0)
+    assert (found.state, found.completed, found.failed) == (FetchState.SENT, 40, 0)
     asked = run.inquiries()[NEW]
     assert (asked.state, asked.studies, asked.series) == (FetchState.DONE, 3, 6)
     assert run.steps() == 0
@@ -205,7 +223,7 @@ def test_a_patient_id_that_would_match_others_is_not_asked_for(run, pacs, patien
     arrive(run.engine, patient=PatientKey(patient_id))
     run.steps()
     asked = run.inquiries()[NEW]
-    assert (asked.state, asked.reason) == (FetchState.DROPPED, module.NOT_ASKABLE)
+    assert (asked.state, asked.reason) == (FetchState.DROPPED, questions.NOT_ASKABLE)
     assert pacs.calls == []
 
 
@@ -280,9 +298,81 @@ def test_a_corrected_patient_is_asked_for_anew(run, pacs):
     assert pacs.retrieved == [uid]
 
 
+OLD = PatientKey("OLD", PATIENT.issuer)
+
+
+def merge(engine: Engine, merged: PatientKey, into: PatientKey) -> None:
+    with store.writing(engine) as session:
+        store.link_patients(session, merged, into, store.LinkSource.HL7, NOW, priors=ASK)
+
+
+def test_priors_are_asked_for_under_every_key_of_the_patient(run, pacs):
+    """The archive has earlier Studies under the number of before the merge."""
+    (old,) = prior(pacs, "1.2.1", date(2025, 1, 1), patient=OLD)
+    (own,) = prior(pacs, "1.2.2", date(2024, 1, 1))
+    (odd,) = prior(pacs, "1.2.3", date(2023, 1, 1), patient=PatientKey("A*", PATIENT.issuer))
+    prior(pacs, "1.2.4", date(2025, 1, 2), patient=PatientKey("OLD", "ELSEWHERE"))
+    known = {"patient": OLD, "study_datetime": datetime(2022, 1, 1)}
+    arrive(run.engine, "1.2.5", series_uid="1.2.5.1", count=40, at=NOW - DAY, ask=None, **known)
+    merge(run.engine, OLD, PATIENT)
+    merge(run.engine, PatientKey("A*", PATIENT.issuer), PATIENT)
+    assert run.inquiries() == {}  # nothing of late
+    arrive(run.engine)
+    run.steps()
+    assert pacs.retrieved == [old, own]
+    assert odd not in run.fetches()
+    asked = [what[0] for call, what in pacs.calls if call == "find_studies"]
+    assert sorted(asked) == ["OLD", "P1"]
+    assert "1 Studies" in (run.inquiries()[NEW].reason or "")
+
+
+def test_a_merge_asks_anew_for_the_newest_study(run, pacs):
+    """An emergency gets a number of its own, and HL7 says later who that was."""
+    emergency = PatientKey("TEMP", PATIENT.issuer)
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1))
+    arrive(run.engine, "1.2.901", patient=emergency, study_datetime=datetime(2026, 3, 1))
+    arrive(run.engine, patient=emergency)
+    run.steps()
+    assert pacs.retrieved == []
+    merge(run.engine, emergency, PATIENT)
+    run.steps()
+    assert pacs.retrieved == [uid]
+    assert run.fetches()[uid].what.asked_by == NEW
+    arrive(run.engine, "1.2.1", series_uid=uid, count=40, study_datetime=datetime(2025, 1, 1))
+    # Said once more, it asks nobody; and what came as a prior asks for none by another merge.
+    questions = pacs.count("find_studies")
+    merge(run.engine, emergency, PATIENT)
+    assert run.steps() == 0 and pacs.count("find_studies") == questions
+    merge(run.engine, OLD, PATIENT)
+    assert {i.subject: i.version for i in run.inquiries().values()} == {NEW: 3, "1.2.901": 1}
+
+
+@pytest.mark.parametrize("how", ["hl7", "command"])
+@on_sqlite
+def test_whoever_merges_asks_whom_the_settings_say(run, database_url, tmp_path, how):
+    arrive(run.engine, study_datetime=datetime(2020, 1, 1), patient=OLD, ask=None)
+    own = f'[database]\nurl = "{database_url}"\n[spool]\npath = "{tmp_path / "spool"}"\n'
+    peer = '{ ae_title = "PACS", host = "127.0.0.1", port = 104 }'
+    node = f'[node]\npeers = [{peer}]\n[priors]\npeers = ["PACS"]\nrecent_days = 0\n'
+    config = tmp_path / "node.toml"
+    config.write_text(own + node + '[hl7]\nport = 0\nissuers = { ADT = "HOSPITAL" }\n')
+    if how == "command":
+        said = ["patient", "merge", "OLD^^^HOSPITAL", "P1^^^HOSPITAL", "--force"]
+        done = CliRunner().invoke(main, [*said, "--config", str(config)])
+        assert done.exit_code == 0, done.output
+    else:
+        head = "MSH|^~\\&|ADT|KIS|NODE|RAD|20260501123000||ADT^A40^ADT_A39|M1|P|2.5.1"
+        text = f"{head}\rEVN|A40|20260501\rPID|||P1^^^ADT||DOE^JANE\rMRG|OLD^^^ADT\r"
+        with contextlib.closing(HL7Listener(load(config), run.engine)) as listener:
+            answer = listener._answer(text.encode(), "127.0.0.1", whole=True)
+        assert answer is not None and b"MSA|AA" in answer
+    assert set(run.inquiries()) == {NEW}
+
+
 def test_a_rolled_back_arrival_asks_for_nothing(run):
     with pytest.raises(ZeroDivisionError), store.writing(run.engine) as session:
-        store.record_slices(session, MODEL, [scored(f"{NEW}.1", 0, at=NOW, study_uid=NEW)], ASK)
+        results = [scored(f"{NEW}.1", 0, at=NOW, study_uid=NEW)]
+        store.record_slices(session, MODEL, results, priors=ASK)
         raise ZeroDivisionError
     assert run.inquiries() == {}
 
@@ -317,7 +407,8 @@ def test_a_peer_is_asked_so_often_a_minute_also_after_a_restart(node, pacs, tmp_
             seconds.append((now - NOW).total_seconds())
         now += timedelta(seconds=1)
         assert now < NOW + HOUR
-    assert [b - a for a, b in pairwise(seconds)] == [10.0] * 5
+    # The question takes two requests: it looks into the Study.
+    assert [b - a for a, b in pairwise(seconds)] == [20.0, *[10.0] * 4]
 
 
 def test_what_waits_for_the_turn_is_no_attempt(node, pacs, tmp_path):
@@ -373,9 +464,9 @@ def test_what_fails_is_tried_again_and_keeps_nothing_else_waiting(run, pacs, tro
     assert pacs.retrieved == [first, second]
     found = run.fetches()
     assert (found[first].state, found[first].reason) == (FetchState.WAITING, str(trouble))
-    assert found[second].state is FetchState.DONE
+    assert found[second].state is FetchState.SENT
     run.after(timedelta(minutes=1))
-    assert run.fetches()[first].state is FetchState.DONE
+    assert run.fetches()[first].state is FetchState.SENT
     assert run.fetches()[first].reason is None
 
 
@@ -393,7 +484,7 @@ def test_what_never_succeeds_is_given_up_with_its_reason_and_can_be_queued_again
         assert store.requeue_fetches(session, run.now, ["1.2.1"]) == 1
         assert store.requeue_fetches(session, run.now) == 0
     run.steps()
-    assert run.fetches()[uid].state is FetchState.DONE
+    assert run.fetches()[uid].state is FetchState.SENT
 
 
 def test_what_waited_too_long_is_given_up(node, pacs, tmp_path):
@@ -423,8 +514,8 @@ def test_a_series_that_comes_in_part_is_asked_for_again(run, pacs, retrieved, re
     found = run.fetches()[uid]
     assert (found.state, found.reason) == (FetchState.WAITING, reason)
     assert (found.completed, found.failed) == (retrieved.completed, retrieved.failed)
-    run.after(timedelta(minutes=1))
-    assert run.fetches()[uid].state is FetchState.DONE
+    run.after(timedelta(minutes=2))
+    assert run.fetches()[uid].state is FetchState.SENT
 
 
 def test_a_peer_without_counts_is_believed(run, pacs):
@@ -432,7 +523,7 @@ def test_a_peer_without_counts_is_believed(run, pacs):
     pacs.on_retrieve = lambda series: Retrieved(None, None, None)
     arrive(run.engine)
     run.steps()
-    assert run.fetches()[uid].state is FetchState.DONE
+    assert run.fetches()[uid].state is FetchState.SENT
 
 
 def test_what_the_peer_names_no_more_fails(run, pacs):
@@ -454,7 +545,7 @@ def test_what_a_process_that_died_had_claimed_is_done_after_its_lease(run, pacs,
         run.steps()
     assert run.steps() == 0
     run.after(module.LEASE + timedelta(seconds=1))
-    assert run.fetches()[uid].state is FetchState.DONE
+    assert run.fetches()[uid].state is FetchState.SENT
 
 
 def test_a_lease_is_renewed_while_the_peer_sends(run, pacs, monkeypatch):
@@ -478,7 +569,7 @@ def test_a_lease_is_renewed_while_the_peer_sends(run, pacs, monkeypatch):
 
     pacs.on_retrieve = slowly
     run.steps()
-    assert run.fetches()[uid].state is FetchState.DONE
+    assert run.fetches()[uid].state is FetchState.SENT
 
 
 def test_two_processes_never_ask_for_the_same(node, pacs, tmp_path):
@@ -535,7 +626,7 @@ def test_two_workers_that_store_the_same_studies_do_not_wait_for_each_other(node
         ]
         try:
             with store.writing(node) as session:
-                store.record_slices(session, MODEL, results, ASK)
+                store.record_slices(session, MODEL, results, priors=ASK)
         except BaseException as exc:
             failed.append(exc)
 
@@ -586,6 +677,23 @@ def test_the_count_that_a_peer_told_completes_a_series_at_once(run, pacs):
         assert store.next_completion(series, NOW, DAY) is Evidence.EXPECTED_COUNT
 
 
+def test_a_count_of_what_comes_by_itself_completes_nothing(run, pacs):
+    (missed,) = prior(pacs, "1.2.1", TODAY, counts=(12,), patient=PatientKey("P7"))
+    (early,) = prior(pacs, "1.2.2", date(2025, 1, 1), counts=(12,))
+    ask_day(run.engine)
+    arrive(run.engine)
+    while set(run.fetches()) != {missed, early}:  # both are ordered, and neither is asked for yet
+        assert run.step()
+    # The forward of one begins, and somebody sends the other: neither needs to end at 12.
+    for uid in (missed, early):
+        arrive(run.engine, uid[:-2], series_uid=uid, count=12)
+    with store.reading(run.engine) as session:
+        found = {s.series_uid: s for s in store.open_series(session)}
+    for uid in (missed, early):
+        assert found[uid].expected is None
+        assert store.next_completion(found[uid], NOW, DAY) is None
+
+
 # Catching up
 
 
@@ -633,6 +741,9 @@ def test_what_grew_after_it_was_fetched_is_fetched_again(run, pacs):
     run.steps()
     run.after(timedelta(minutes=2))
     assert pacs.retrieved == [uid]
+    arrive(run.engine, "1.2.1", series_uid=uid, count=20, ask=None)
+    run.after(timedelta(minutes=2))
+    assert run.fetches()[uid].state is FetchState.DONE
     pacs.series[uid] = SeriesAnswer("1.2.1", uid, "CT", 25)
     pacs.studies["1.2.1"] = StudyAnswer("1.2.1", PATIENT, TODAY, ("CT",), (), 1, 25)
     ask_day(run.engine, at=run.now)
@@ -730,6 +841,364 @@ def test_a_crash_before_the_question_is_stored_does_not_hide_the_down_time(
         assert len(store.list_inquiries(session)) == 4
 
 
+# What a peer says, and what is here
+
+
+def bring(run: Run, pacs: Books, uid: str, count: int, **attributes: Any) -> None:
+    """Let the archive send so many Instances of a Series whenever it is asked for it."""
+
+    def send(series: SeriesAnswer) -> Retrieved:
+        when = {"study_datetime": datetime(2025, 1, 1), "ask": None, "at": run.now, **attributes}
+        arrive(run.engine, series.study_uid, series_uid=series.series_uid, count=count, **when)
+        return Retrieved(series.instances, 0, 0)
+
+    pacs.on_retrieve = send
+
+
+def test_what_was_sent_is_done_when_it_is_here(run, pacs):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1), counts=(12,))
+    bring(run, pacs, uid, 12)
+    arrive(run.engine)
+    run.steps()
+    assert run.fetches()[uid].state is FetchState.SENT
+    # Outside its hours, too: nobody is asked.
+    run.fetcher._hours = ((run.now - 2 * HOUR).time(), (run.now - HOUR).time())
+    run.after(timedelta(minutes=1))
+    assert run.fetches()[uid].state is FetchState.DONE
+    assert pacs.retrieved == [uid]
+    assert run.after(DAY) == 0
+
+
+def test_what_a_peer_says_it_sent_and_is_not_here_is_asked_for_again(run, pacs):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1), counts=(12,))
+    bring(run, pacs, uid, 5)
+    arrive(run.engine)
+    run.steps()
+    run.after(timedelta(minutes=1, seconds=5))
+    found = run.fetches()[uid]
+    assert (found.state, found.reason) == (
+        FetchState.WAITING,
+        "PACS says that it sent 12 Instances, and 5 are here",
+    )
+    bring(run, pacs, uid, 12)
+    run.after(timedelta(minutes=2))
+    run.after(timedelta(minutes=2))
+    assert pacs.retrieved == [uid] * 2
+    assert run.fetches()[uid].state is FetchState.DONE
+
+
+@on_sqlite
+def test_nothing_is_asked_for_again_while_it_may_wait_in_the_spool(run, pacs):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1), counts=(12,))
+    arrive(run.engine)
+    run.steps()
+    for _ in range(10):  # the worker is far behind
+        run.now += HOUR
+        run.steps()
+    assert pacs.retrieved == [uid]
+    assert run.fetches()[uid].state is FetchState.SENT
+    arrive(run.engine, "1.2.1", series_uid=uid, count=12, study_datetime=datetime(2025, 1, 1))
+    run.after(HOUR)
+    assert run.fetches()[uid].state is FetchState.DONE
+
+
+@on_sqlite
+def test_a_series_that_never_comes_whole_is_sent_three_times_at_most(run, pacs):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1), counts=(12,))
+    arrive(run.engine)
+    bring(run, pacs, uid, 11)
+    send = pacs.on_retrieve
+
+    def in_part(series: SeriesAnswer) -> Retrieved:
+        send(series)
+        return Retrieved(11, 1, 0, "1 of 12 were not sent")
+
+    pacs.on_retrieve = in_part
+    for _ in range(30):
+        run.after(HOUR)
+    found = run.fetches()[uid]
+    assert (found.state, len(pacs.retrieved)) == (FetchState.FAILED, 1 + module.FRUITLESS)
+    assert found.reason == "1 of 12 were not sent; sent again 2 times, it brought nothing new"
+    # By hand, it is asked for as if it never was.
+    with store.writing(run.engine) as session:
+        store.requeue_fetches(session, run.now, [uid])
+    bring(run, pacs, uid, 12)
+    run.after(HOUR)
+    run.after(HOUR)
+    assert run.fetches()[uid].state is FetchState.DONE
+
+
+@on_sqlite
+def test_a_count_that_goes_up_and_down_is_no_growth(run, pacs):
+    (uid,) = prior(pacs, "1.2.1", TODAY, counts=(20,))
+    bring(run, pacs, uid, 20, study_datetime=datetime(2026, 3, 4))
+    ask_day(run.engine)
+    run.steps()
+    for n in range(16):
+        count = 21 - n % 2
+        pacs.series[uid] = SeriesAnswer("1.2.1", uid, "CT", count)
+        pacs.studies["1.2.1"] = StudyAnswer("1.2.1", PATIENT, TODAY, ("CT",), (), 1, count)
+        ask_day(run.engine, at=run.now)
+        run.after(timedelta(minutes=15))
+    assert len(pacs.retrieved) <= 1 + module.FRUITLESS
+    assert run.fetches()[uid].state is not FetchState.WAITING
+
+
+@on_sqlite
+def test_what_grows_at_the_archive_for_days_is_fetched_as_far_as_it_is(node, pacs, tmp_path):
+    run = Run(node, pacs, tmp_path, give_up_hours=1, settle_seconds=600)
+    (uid,) = prior(pacs, "1.2.1", TODAY, counts=(20,))
+    ask_day(node)
+    for n in range(9):
+        pacs.series[uid] = SeriesAnswer("1.2.1", uid, "CT", 21 + n)
+        run.after(timedelta(minutes=11))
+    assert pacs.retrieved == [uid]
+
+
+def reject(engine: Engine, uid: str, numbers: Iterable[int], code: str = "113001") -> None:
+    """Take slices of a Series back."""
+    uids = frozenset(sop_uid(uid, k) for k in numbers)
+    note = Rejection(f"1.9.{len(uids)}", "1.2.1", code, uids, frozenset(), frozenset({uid}))
+    with store.writing(engine) as session:
+        store.record_rejection(session, note, "0" * 16, NOW)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_what_was_taken_back_in_part_is_fetched_once_more_and_no_more(run, pacs, is_finished):
+    """Its archive may have replaced it, or may count it still: its count does not tell."""
+    (uid,) = prior(pacs, "1.2.1", TODAY, counts=(20,))
+    when = {"study_datetime": datetime(2026, 3, 4), "ask": None, "at": NOW - HOUR}
+    arrive(run.engine, "1.2.1", series_uid=uid, count=20, **when)
+    reject(run.engine, uid, range(5))
+    if is_finished:
+        finish(run.engine, uid)
+    with store.reading(run.engine) as session:
+        held = store.held_series(session, [uid])[uid]
+    assert (held.received, held.rejected) == (20, 5)
+    bring(run, pacs, uid, 20, study_datetime=datetime(2026, 3, 4))
+    for _ in range(8):
+        ask_day(run.engine, at=run.now)
+        run.after(HOUR)
+    assert pacs.retrieved == [uid]
+    assert run.fetches()[uid].state is FetchState.DONE
+
+
+@pytest.mark.parametrize(("code", "count"), [("113001", 20), ("113039", 20), ("113039", 5)])
+def test_what_was_taken_back_as_a_whole_or_had_its_time_is_not_fetched(run, pacs, code, count):
+    """What expired would count as new, sent again: not because we asked for it."""
+    (uid,) = prior(pacs, "1.2.1", TODAY, counts=(20,))
+    arrive(run.engine, "1.2.1", series_uid=uid, count=20, at=NOW - HOUR, ask=None)
+    reject(run.engine, uid, range(count), code)
+    ask_day(run.engine)
+    run.steps()
+    run.after(HOUR)
+    assert run.fetches() == {} and pacs.retrieved == []
+
+
+# Other archives, and ourselves
+
+
+def two(node: Engine, pacs: Books, tmp_path: Path) -> tuple[Run, Run, Books, str]:
+    """Two archives that have the same prior."""
+    vna, (uid,) = Books("VNA"), prior(pacs, "1.2.1", date(2025, 1, 1))
+    prior(vna, "1.2.1", date(2025, 1, 1))
+    first, second = (Run(node, books, tmp_path, peers=["PACS", "VNA"]) for books in (pacs, vna))
+    arrive(node, ask=AskPriors(("PACS", "VNA"), 30))
+    return first, second, vna, uid
+
+
+def test_where_one_archive_fails_another_is_asked_at_once_and_each_in_turn(node, pacs, tmp_path):
+    first, second, vna, uid = two(node, pacs, tmp_path)
+    first.step()
+    second.steps()  # it has it, too
+    assert vna.retrieved == []
+    for books in (pacs, vna):
+        books.trouble["retrieve"] = [PeerRefused("the tape is broken")] * 100
+    first.steps()
+    assert pacs.retrieved == [uid] and first.fetches()[uid].what.peer == "VNA"
+    second.steps()
+    assert vna.retrieved == [uid] and first.fetches()[uid].what.peer == "PACS"
+    assert first.steps() == 0  # each had its turn
+    vna.trouble.clear()
+    first.after(timedelta(minutes=6))
+    second.after(timedelta(minutes=22))
+    assert (len(pacs.retrieved), len(vna.retrieved)) == (2, 2)
+    assert first.fetches()[uid].state is FetchState.SENT
+
+
+@on_sqlite
+def test_where_no_archive_can_it_ends(node, pacs, tmp_path):
+    first, second, vna, uid = two(node, pacs, tmp_path)
+    for books in (pacs, vna):
+        books.trouble["retrieve"] = [PeerRefused("the tape is broken")] * 100
+    for _ in range(40):
+        first.after(HOUR)
+        second.after(HOUR)
+    assert first.fetches()[uid].state is FetchState.FAILED
+    assert len(pacs.retrieved) + len(vna.retrieved) == module.ATTEMPTS
+
+
+def test_what_waits_for_an_archive_that_is_away_goes_to_another(node, pacs, tmp_path):
+    first, second, vna, uid = two(node, pacs, tmp_path)
+    (more,) = prior(pacs, "1.2.2", date(2024, 1, 1))
+    prior(vna, "1.2.2", date(2024, 1, 1))
+    first.step()
+    second.steps()
+    pacs.trouble["opened"] = [AWAY]
+    first.steps()
+    second.steps()
+    assert sorted(vna.retrieved) == [uid, more] and pacs.retrieved == []
+    assert {f.attempts for f in first.fetches().values()} == {1}
+
+
+def test_another_archive_is_asked_for_what_one_gave_up(node):
+    put_order(node, order())
+    with store.writing(node) as session:
+        taken = store.claim_fetch(session, "PACS", NOW, HOUR)
+        assert taken is not None
+        store.settle_fetch(session, taken, FetchState.FAILED, NOW, reason="why")
+    assert put_order(node, order(peer="VNA")) == ["1.2.1.1"]
+    with store.writing(node) as session:
+        taken = store.claim_fetch(session, "VNA", NOW, HOUR)
+        assert taken is not None
+        store.settle_fetch(session, taken, FetchState.FAILED, NOW, reason="why")
+    # And neither of them again and again, by looks at the same day.
+    assert put_order(node, order(peer="VNA")) == [] and put_order(node, order()) == []
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    "trouble", [PeerRefused("0xA702"), Retrieved(0, 40, 0, "40 of 40 were not sent")]
+)
+def test_where_our_own_receiver_is_down_no_attempt_is_lost(run, pacs, trouble):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1))
+    pacs.our_port_is_open = False
+
+    def fail(series: SeriesAnswer) -> Retrieved:
+        if isinstance(trouble, Exception):
+            raise trouble
+        return trouble
+
+    pacs.on_retrieve = fail
+    arrive(run.engine)
+    for _ in range(10):  # more than there are attempts
+        run.after(HOUR)
+    found = run.fetches()[uid]
+    assert (found.state, found.attempts) == (FetchState.WAITING, 0)
+    assert module.OWN_PORT in (found.reason or "")
+    assert len(pacs.retrieved) == 10
+    pacs.our_port_is_open = True
+    run.after(HOUR)
+    assert run.fetches()[uid].attempts == 1
+    pacs.our_port_is_open = False
+    run.after(3 * DAY)  # nor is it asked for without end
+    assert run.fetches()[uid].state is FetchState.FAILED
+
+
+def test_whether_our_own_port_takes_connections_is_tried(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        conf = settings(tmp_path)
+        for host in ("127.0.0.1", "0.0.0.0"):
+            own = conf.node.model_copy(update={"host": host, "port": port})
+            archive = archive_of(conf.model_copy(update={"node": own}), "PACS")
+            assert archive.finds_us()
+    assert not archive.finds_us()
+
+
+# The clock
+
+
+@pytest.mark.parametrize("what", ["inquiry", "fetch", "turn"])
+def test_what_waits_since_before_the_clock_was_set_back_is_due(run, pacs, what):
+    (uid,) = prior(pacs, "1.2.1", date(2025, 1, 1))
+    arrive(run.engine)
+    later = run.now + 400 * DAY
+    with store.writing(run.engine) as session:
+        if what == "inquiry":
+            store.claim_inquiry(session, "PACS", later, HOUR)
+        if what == "fetch":
+            store.order_series(session, [order()], later, later)
+        if what == "turn":
+            store.put_off(session, "PACS", later, module.AWAY, "away")
+    run.steps()
+    assert pacs.retrieved == [uid]
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize("day", ["2026-03-29", "2026-10-25"])  # clocks go on, and back
+@on_sqlite
+def test_hours_past_midnight_are_those_of_the_wall_when_summer_comes_and_goes(
+    node, pacs, tmp_path, berlin, day
+):
+    run = Run(node, pacs, tmp_path, hours="22:00-06:00")
+    begin = datetime.fromisoformat(f"{day}T00:00:00+00:00") - timedelta(hours=6)
+    asked = []
+    for n in range(24):
+        arrive(node, f"1.7.{n}", at=begin, study_datetime=None)
+        run.now = begin + n * HOUR
+        before = pacs.count("find_studies")
+        run.steps()
+        if pacs.count("find_studies") > before:
+            asked.append(run.now.astimezone().hour)
+    missing = {2} if day == "2026-03-29" else set()  # there was no such hour
+    assert set(asked) == {22, 23, 0, 1, 2, 3, 4, 5} - missing
+
+
+# How fast
+
+
+@on_sqlite
+def test_a_day_is_looked_into_by_and_by_and_others_have_their_turn(node, pacs, tmp_path):
+    """A request a minute is a request a minute, however many Studies a day has."""
+    run = Run(node, pacs, tmp_path, per_minute=60, catch_up=["PACS"])
+    for n in range(35):
+        prior(pacs, f"1.2.{n}", TODAY, counts=(12,), patient=PatientKey("P7"))
+    (old,) = prior(pacs, "1.3.1", date(2025, 1, 1))
+    ask_day(node)
+    run.step()
+    assert pacs.count("find_series") == questions.LOOKS_A_TURN
+    assert "25 Studies" in (run.inquiries()[f"{TODAY:%Y%m%d}"].reason or "")
+    arrive(node)
+    began, looks = run.now, []
+    while run.inquiries()[f"{TODAY:%Y%m%d}"].state is not FetchState.DONE:
+        run.step()
+        looks.append(pacs.count("find_series") + pacs.count("find_studies"))
+        assert run.now < began + HOUR
+    seconds = (run.now - began).total_seconds()
+    assert looks[-1] <= seconds + 2 * questions.LOOKS_A_TURN
+    assert old in pacs.retrieved  # before the day was done
+    day = run.inquiries()[f"{TODAY:%Y%m%d}"]
+    assert (day.studies, day.series, day.attempts) == (35, 35, 1)
+    assert len(run.fetches()) == 36
+
+
+@on_sqlite
+def test_what_could_not_be_stored_of_a_day_is_looked_into_again(run, pacs, monkeypatch):
+    for n in range(15):
+        prior(pacs, f"1.2.{n}", TODAY, counts=(12,), patient=PatientKey("P7"))
+    ask_day(run.engine)
+    run.step()
+
+    def fail(*values: object) -> None:
+        raise StoreUnavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "order_series", fail)
+        with pytest.raises(StoreUnavailable):
+            run.after(timedelta(seconds=1))
+    run.after(module.LEASE)
+    assert len(run.fetches()) == 15
+
+
 # The tables
 
 
@@ -757,7 +1226,8 @@ def test_a_series_is_ordered_once_but_where_it_grew(node):
         taken = store.claim_fetch(session, "PACS", NOW, HOUR)
         assert taken is not None and taken.what == order()
         assert store.claim_fetch(session, "VNA", NOW, HOUR) is None
-        assert store.settle_fetch(session, taken, FetchState.DONE, NOW, counts=(40, 0, 0))
+        told = {"counts": (40, 0, 0), "fruitless": 1}  # it was sent, and is not here for all that
+        assert store.settle_fetch(session, taken, FetchState.DONE, NOW, **told)
     assert put_order(node, order(asked_by="1.2.77")) == []
     assert put_order(node, order(expected=None)) == []
     assert put_order(node, order(expected=41, cause=FetchCause.CATCH_UP)) == ["1.2.1.1"]
@@ -797,15 +1267,36 @@ def test_an_older_attempt_does_not_settle_what_was_asked_for_anew(node):
 def test_the_exchange_has_a_service_for_each_who_is_asked(node, tmp_path):
     web = {"name": "web", "url": "http://127.0.0.1:9"}
     conf = settings(tmp_path, dicomweb=[web], catch_up=["VNA", "PACS"])
+    others = [service.name for service in exchange.services_of(settings(tmp_path, peers=[]), node)]
     names = [service.name for service in exchange.services_of(conf, node)]
-    assert names == ["catch up", "fetch PACS", "fetch web", "fetch VNA"]
-    assert exchange.services_of(Settings(), node) == []
+    assert names == [*others, "catch up", "fetch PACS", "fetch web", "fetch VNA"]
 
 
-def cli(database_url: str, tmp_path: Path, *arguments: str) -> Result:
+def test_the_page_says_what_archives_are_asked_for(run, pacs):
+    def said(*peers: str) -> list[dict[str, Any]]:
+        with store.reading(run.engine) as session:
+            return live._fetches(session, peers)
+
+    assert said() == []
+    assert said("PACS") == [{"name": "Priors", "fine": True, "said": "0 asked for"}]
+    now = datetime.now(UTC)
+    put_order(run.engine, order(), order("1.2.1.2"))
+    with store.writing(run.engine) as session:
+        taken = store.claim_fetch(session, "PACS", now, HOUR)
+        assert taken is not None
+        store.settle_fetch(session, taken, FetchState.FAILED, now)
+        store.put_off(session, "PACS", now, module.AWAY, "no route")
+    (line,) = said("PACS", "VNA")
+    assert (line["fine"], line["said"]) == (False, "1 asked for, 1 given up; away: PACS")
+    assert said("VNA")[0]["fine"]
+
+
+def cli(database_url: str, tmp_path: Path, *arguments: str, priors: str = "") -> Result:
     config = tmp_path / "node.toml"
+    peers = 'peers = [{ ae_title = "PACS", host = "127.0.0.1", port = 104 }]'
     config.write_text(
         f'[database]\nurl = "{database_url}"\n[spool]\npath = "{tmp_path / "spool"}"\n'
+        f"[node]\n{peers}\n[priors]\n{priors}\n"
     )
     return CliRunner().invoke(main, ["fetches", "--config", str(config), *arguments])
 
@@ -825,6 +1316,11 @@ def test_the_command_lists_what_was_asked_for_and_queues_again(run, pacs, databa
     assert listed.exit_code == 0
     for word in (uid, NEW, "failed", "register our AE title", "Connection refused", "0/40"):
         assert word in listed.output
+    assert "PACS is not asked any more" in listed.output  # in the command's settings it is not
+    now = datetime.now()
+    hours = f"{now + HOUR:%H:%M}-{now + 2 * HOUR:%H:%M}"
+    named = cli(database_url, tmp_path, priors=f'catch_up = ["PACS"]\nhours = "{hours}"').output
+    assert f"wait for their hours, {hours}" in named and "not asked any more" not in named
     found = json.loads(cli(database_url, tmp_path, "--json", "--state", "failed").stdout)
     assert found["inquiries"] == []
     assert [(s["series_uid"], s["attempts"]) for s in found["series"]] == [(uid, 8)]
@@ -834,5 +1330,5 @@ def test_the_command_lists_what_was_asked_for_and_queues_again(run, pacs, databa
     assert "1 queued again" in cli(database_url, tmp_path, "--requeue", uid).output
     run.now = datetime.now(UTC)  # which is the command's
     run.steps()
-    assert run.fetches()[uid].state is FetchState.DONE
+    assert run.fetches()[uid].state is FetchState.SENT
     assert cli(database_url, tmp_path, "--peer", "VNA").exit_code == 1

@@ -941,6 +941,33 @@ def worker_of(spool: Spool, engine: Engine, folder: Path, **series: float) -> se
 
 
 @on_sqlite
+def test_a_worker_tells_how_far_it_took_what_arrived(spool, node, tmp_path, monkeypatch):
+    """Who had a peer send something looks there before it asks again."""
+    monkeypatch.setattr(serve, "BEAT_S", 0.0)
+    brightness_bundle(tmp_path / "bundle")
+    priors = {"dicomweb": [{"name": "web", "url": "http://127.0.0.1:9"}]}
+    score = {"model": tmp_path / "bundle", "device": "cpu", "dtype": "float32", "batch": BATCH}
+    worker = serve.Worker(Settings(score=score, priors=priors), spool, node)
+
+    def taken() -> datetime:
+        with store.reading(node) as session:
+            at = store.last_beat(session, store.WORKER)
+        assert at is not None
+        return at
+
+    try:
+        put_scan(spool, SERIES, range(BATCH))
+        behind = put(spool, *(ct_slice(SERIES, level) for level in range(BATCH, 2 * BATCH)))
+        worker.step()
+        assert taken() < behind[0].arrived_at
+        while worker.step():
+            pass
+        assert taken() >= behind[-1].arrived_at
+    finally:
+        worker.close()
+
+
+@on_sqlite
 def test_a_worker_sleeps_until_a_series_becomes_quiet(spool, node, tmp_path):
     worker = worker_of(spool, node, tmp_path / "bundle", quiet_seconds=0.3)
     try:

@@ -109,6 +109,22 @@ def test_a_series_is_missing_by_its_count(expected, received, missing):
     assert retrieval.is_missing(expected, received) is missing
 
 
+@pytest.mark.parametrize(
+    ("expected", "received", "rejected", "missing"),
+    [
+        (15, 20, 5, False),  # its archive shows them no more
+        (20, 20, 5, True),  # or counts them still, or has others in their place
+        (20, 20, 20, False),
+        (25, 20, 20, True),
+        (None, 20, 20, False),
+    ],
+)
+def test_what_was_taken_back_is_not_here_unless_all_of_it_was(
+    expected, received, rejected, missing
+):
+    assert retrieval.is_missing(expected, received, rejected) is missing
+
+
 NIGHT, DAYTIME = (time(18), time(6)), (time(6), time(18))
 
 

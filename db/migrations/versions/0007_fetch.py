@@ -47,6 +47,10 @@ def upgrade() -> None:
         sa.Column("completed", sa.Integer(), nullable=True),
         sa.Column("failed", sa.Integer(), nullable=True),
         sa.Column("warning", sa.Integer(), nullable=True),
+        sa.Column("others", sa.JSON(), nullable=False),
+        sa.Column("sent_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("held_before", sa.Integer(), nullable=True),
+        sa.Column("fruitless", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_fetch"),
         sa.UniqueConstraint("series_uid", name="uq_fetch_series_uid"),
     )

@@ -3,17 +3,19 @@
 import math
 import threading
 import time
-from datetime import UTC, datetime
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
+from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core import region
 from dicomnode.errors import NodeError
 from dicomnode.log import Seldom
-from dicomnode.model import DeliveryState, PatientKey, SeriesState
+from dicomnode.model import DeliveryState, FetchState, PatientKey, SeriesState
 from dicomnode.spool.survey import survey
 from dicomnode.store import SeriesRow
 from dicomnode.web.pages.route import Posted, Visitor, pages, show
@@ -80,6 +82,7 @@ def _values(request: Request, part: Part) -> dict[str, Any]:
         today = store.arrivals_since(session, since.astimezone(UTC))
         deliveries = store.count_undelivered(session)
         quarantined = sum(store.count_quarantined(session).values())
+        fetches = _fetches(session, part.settings.priors.asked)
     checks = request.app.state.readiness.of(part).checks
     return {
         "at": f"{datetime.now().astimezone():%H:%M:%S}",
@@ -87,6 +90,7 @@ def _values(request: Request, part: Part) -> dict[str, Any]:
         + [
             request.app.state.queue.of(part),
             _deliveries(deliveries),
+            *fetches,
             {
                 "name": "Quarantine",
                 "fine": quarantined == 0,
@@ -115,6 +119,18 @@ def _deliveries(counts: dict[DeliveryState, int]) -> dict[str, Any]:
     failed, waiting = counts.get(DeliveryState.FAILED, 0), counts.get(DeliveryState.WAITING, 0)
     said = f"{waiting:,} waiting" + (f", {failed:,} failed" if failed else "")
     return {"name": "Deliveries", "fine": not failed, "said": said}
+
+
+def _fetches(session: Session, peers: Collection[str]) -> list[dict[str, Any]]:
+    """What archives are asked for, where any is; what was given up long ago is no news."""
+    if not peers:
+        return []
+    counts = store.count_fetches(session, peers, datetime.now(UTC) - timedelta(days=1))
+    away = [turn.peer for turn in store.list_turns(session) if turn.failures and turn.peer in peers]
+    failed = counts.pop(FetchState.FAILED, 0)
+    said = f"{sum(counts.values()):,} asked for" + (f", {failed:,} given up" if failed else "")
+    said += f"; away: {', '.join(away)}" if away else ""
+    return [{"name": "Priors", "fine": not failed and not away, "said": said}]
 
 
 def _row(part: Part, row: SeriesRow) -> dict[str, Any]:
