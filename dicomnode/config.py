@@ -173,7 +173,7 @@ class NodeSettings(_Section):
     placeholder_ids: tuple[str, ...] = Field(
         default=placeholder.COMMON,
         description="Patient IDs that stand for nobody, whatever their case, marks and leading "
-        "zeros: they are never made one patient with another. One without letter and digit is.",
+        "zeros, and those without letter and digit: images that have one are paired with nothing.",
     )
     receivers: int = Field(
         default=0,

@@ -1,6 +1,6 @@
 """Patient IDs that stand for nobody: what people and devices write where they know none."""
 
-from collections.abc import Collection
+from functools import lru_cache
 
 # A link to one of these would make all who were ever registered so one patient.
 COMMON = (
@@ -44,7 +44,8 @@ def spelled(patient_id: str) -> str:
     return plain.lstrip("0") or plain[:1]
 
 
-def is_placeholder(patient_id: str, names: Collection[str]) -> bool:
+@lru_cache(1024)  # it is asked of each slice
+def is_placeholder(patient_id: str, names: tuple[str, ...]) -> bool:
     """Whether a Patient ID stands for nobody: one of these names, or without letter and digit."""
     plain = spelled(patient_id)
     return not plain or plain in {spelled(name) for name in names}

@@ -8,7 +8,7 @@ messages in the tests.
 
 import re
 from codecs import BOM_UTF8
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -76,7 +76,7 @@ class Identities:
     issuers: Mapping[str, str]  # assigning authority -> Issuer of Patient ID
     default_issuer: str  # where a message names no authority
     types: frozenset[str]  # CX.5 that are taken; "" where none is given
-    placeholders: Collection[str] = ()  # Patient IDs that stand for nobody
+    placeholders: tuple[str, ...] = ()  # Patient IDs that stand for nobody
     changes: bool = False  # whether A47 links
 
 

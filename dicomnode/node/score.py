@@ -25,7 +25,7 @@ from sqlalchemy import Engine
 
 from dicomnode import dicomio, store
 from dicomnode.audit import Act, AuditLog
-from dicomnode.core import preview
+from dicomnode.core import placeholder, preview
 from dicomnode.core.preprocess import Input
 from dicomnode.device import Runner, probes
 from dicomnode.errors import (
@@ -36,10 +36,12 @@ from dicomnode.errors import (
 )
 from dicomnode.held import Held, Pixels
 from dicomnode.model import (
+    PatientKey,
     Reason,
     Rejection,
     Scores,
     SeriesState,
+    SliceHeader,
     SpooledEvent,
     SpooledInstance,
 )
@@ -150,7 +152,9 @@ class ScoreStage:
         held: Held | None = None,
         audit: AuditLog | None = None,
         uncorrected: Collection[str] = (),
+        placeholders: tuple[str, ...] = (),
     ) -> None:
+        self.placeholders = placeholders  # Patient IDs that are nobody's
         self.audit = audit or AuditLog(None)
         self.uncorrected = frozenset(uncorrected)  # AE titles that correct no patient
         self.spool, self.engine, self.scorer, self.held = spool, engine, scorer, held
@@ -299,7 +303,7 @@ class ScoreStage:
                 sound[frames[0].decoded.header.sop_instance_uid] = entry
             results += [
                 store.SliceResult(
-                    decoded.header,
+                    self._named(decoded.header),
                     entry.association_id,
                     min(entry.arrived_at, now),
                     score,
@@ -392,6 +396,12 @@ class ScoreStage:
             # What no rule foresaw must not stop the queue behind it.
             logger.exception("instance not understood", extra={"file": entry.name})
             return CorruptObject(f"not understood: {type(exc).__name__}")
+
+    def _named(self, header: SliceHeader) -> SliceHeader:
+        """Return a header in which a placeholder is nobody: else all who have it were one."""
+        if placeholder.is_placeholder(header.patient.patient_id, self.placeholders):
+            return replace(header, patient=PatientKey(""))
+        return header
 
     def _describe(
         self, sound: Mapping[str, SpooledInstance], result: store.SliceResult

@@ -87,6 +87,7 @@ class Worker:
             held=self._held,
             audit=self._audit,
             uncorrected=[peer.ae_title for peer in settings.node.peers if not peer.corrects],
+            placeholders=settings.node.placeholder_ids,
         )
         asking = Asking(settings)
         self._assemble = AssembleStage(

@@ -95,7 +95,8 @@ def _texts(series: schema.Series) -> dict[str, str]:
     texts = dict(series.header)
     issuer = texts.get("IssuerOfPatientID", "")
     # A header that names no issuer may have got one by `default_issuer`: it is not in the images.
-    if texts.get("PatientID", "") != series.patient_id or issuer not in ("", series.issuer):
+    told = texts.get("PatientID", ""), issuer
+    if series.patient_id and (told[0] != series.patient_id or issuer not in ("", series.issuer)):
         # Merged with another patient since: the object is to join that one.
         texts |= {"PatientID": series.patient_id, "IssuerOfPatientID": series.issuer}
     return texts

@@ -23,7 +23,7 @@ from sqlalchemy import Engine, event, func, select
 from db import engine as engines
 from db import schema
 from dicomnode import dicomio, store, weights
-from dicomnode.config import Settings
+from dicomnode.config import NodeSettings, Settings
 from dicomnode.core import network
 from dicomnode.core.curve import HeightMap
 from dicomnode.core.network import NetworkConfig
@@ -462,6 +462,26 @@ def test_a_slice_alone_in_its_series_is_set_aside_too(spool, node, bundle, build
     assert assemble(node) == 1
     row = series_of(node, SERIES)
     assert (row.state, row.reason) == (SeriesState.QUARANTINED, Reason.NO_SCORE)
+
+
+@on_sqlite
+@pytest.mark.parametrize(("patient_id", "pairs"), [("UNKNOWN", 0), ("0000", 0), ("UNKNOWN 7", 3)])
+def test_whoever_has_a_placeholder_is_nobody(spool, node, build, patient_id, pairs):
+    """Two strangers whose scanners knew no Patient ID are not one patient."""
+    uids = ("1.2.1", "1.2.2")
+    for uid in uids:
+        put_scan(spool, uid, PatientID=patient_id)
+    spool.put_event(A, "released")
+    drain(build(placeholders=NodeSettings().placeholder_ids))
+    assert assemble(node) == 2
+    with store.reading(node) as session:
+        assert len(store.pending_offsets(session, 10)) == pairs
+        for uid in uids:  # what is written of them says what the images say
+            known = store.source_of(session, uid)
+            assert known is not None and known.curve.z_mm.size
+    assert {series_of(node, uid).patient for uid in uids} == {
+        PatientKey(patient_id if pairs else "")
+    }
 
 
 @on_sqlite
