@@ -65,7 +65,7 @@ from dicomnode.store.fetches import (
 )
 from dicomnode.store.hidden import rejected_of
 from dicomnode.store.holding import Forward, Wanting, slices_beside, wanting
-from dicomnode.store.identity import hold_identity, patient_keys
+from dicomnode.store.identity import first_keys, hold_identity, patient_keys
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -217,6 +217,7 @@ __all__ = [
     "find_histogram",
     "find_page",
     "finish_series",
+    "first_keys",
     "has_due",
     "has_lost_associations",
     "has_previews",

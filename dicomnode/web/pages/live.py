@@ -66,8 +66,11 @@ def find_patient(request: Request, sent: Posted) -> Response:
         raise Problem(422, "expected a Patient ID, of at most 64 characters")
     caller.saw(command="lookup", by_patient=True)
     with store.reading(part.engine) as session:
-        issuers = store.issuers_of(session, patient_id)
-    keys = {issuer: part.keys.key(PatientKey(patient_id, issuer)) for issuer in issuers}
+        known = [PatientKey(patient_id, issuer) for issuer in store.issuers_of(session, patient_id)]
+        firsts = store.first_keys(session, known)
+    # Of keys that are one patient, the first leads there as well as the others.
+    patients = {firsts[key]: key for key in reversed(known)}
+    keys = {key.issuer: part.keys.key(key) for key in sorted(patients.values(), key=known.index)}
     if len(keys) == 1:
         return RedirectResponse(f"/patients/{next(iter(keys.values()))}", 303)
     return show(request, caller, "patients.html", 200 if keys else 404, keys=keys)
