@@ -23,12 +23,14 @@ from dicomnode.store.answers import (
 )
 from dicomnode.store.browse import (
     arrivals_since,
+    count_fetches,
     count_undelivered,
     newest_series,
     pairs_of_patient,
     pairs_of_study,
     series_by_id,
     series_of_patient,
+    times_of_studies,
 )
 from dicomnode.store.commitments import (
     claim_commitments,
@@ -195,6 +197,7 @@ __all__ = [
     "claim_inquiry",
     "claim_series",
     "count_deliveries",
+    "count_fetches",
     "count_matches",
     "count_offsets",
     "count_quarantined",
@@ -297,6 +300,7 @@ __all__ = [
     "take_message",
     "take_turn",
     "tally",
+    "times_of_studies",
     "trust",
     "unlink_between",
     "unlink_patients",

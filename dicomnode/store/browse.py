@@ -1,13 +1,14 @@
 """What the page asks: the newest Series, a patient's Series and offsets."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from db import schema
-from dicomnode.model import DeliveryState, Method, PatientKey, SeriesState
+from dicomnode.model import DeliveryState, FetchState, Method, PatientKey, SeriesState
 from dicomnode.store.answers import with_bundles
 from dicomnode.store.identity import of_keys, patient_keys
 from dicomnode.store.pairs import offsets_of, trust
@@ -69,6 +70,23 @@ def count_undelivered(session: Session) -> dict[DeliveryState, int]:
     return {DeliveryState(state): count for state, count in rows}
 
 
+def count_fetches(session: Session, peers: Iterable[str]) -> dict[FetchState, int]:
+    """Return state -> questions and Series that wait, or were given up, of these peers.
+
+    By peer, since that is what the index begins with: of what was done there may be millions.
+    """
+    counts: Counter[FetchState] = Counter()
+    for table in (schema.Inquiry, schema.Fetch):
+        for peer in peers:
+            rows = session.execute(
+                select(table.state, func.count())
+                .where(table.peer == peer, table.state.in_([FetchState.WAITING, FetchState.FAILED]))
+                .group_by(table.state)
+            )
+            counts.update({FetchState(state): count for state, count in rows})
+    return dict(counts)
+
+
 def pairs_of_study(session: Session, study_uid: str) -> list[StoredOffset]:
     """Return the best offset of each pair of Studies that a Study is in, fixed or moving."""
     asked = [{"fixed_study": study_uid}, {"moving_study": study_uid}]
@@ -77,6 +95,16 @@ def pairs_of_study(session: Session, study_uid: str) -> list[StoredOffset]:
         for offset in offsets_of(session, method=Method.ROBUST, **side):
             best.setdefault((offset.fixed_study, offset.moving_study), offset)
     return list(best.values())
+
+
+def times_of_studies(session: Session, study_uids: Iterable[str]) -> dict[str, datetime | None]:
+    """Return Study Instance UID -> its time, of those the node knows."""
+    rows = session.execute(
+        select(schema.Series.study_uid, func.min(schema.Series.study_datetime))
+        .where(schema.Series.study_uid.in_(sorted(study_uids)))
+        .group_by(schema.Series.study_uid)
+    )
+    return {study_uid: when for study_uid, when in rows}
 
 
 def series_of_patient(session: Session, patient: PatientKey, limit: int) -> list[SeriesRow]:

@@ -159,6 +159,21 @@ def test_a_session_reads_the_rest_interface_and_posts_nothing_to_it(page):
         assert http.post("/api/v1/coverage", json={"q": "slices > 1"}).status_code == 401
 
 
+def test_live_says_in_words_how_parts_and_series_stand(page):
+    with browser(page) as http:
+        now, shown = http.get("/live.json").json(), http.get("/").text
+    tiles = {tile["name"]: tile for tile in now["health"]}
+    assert list(tiles) == [
+        "Database", "Spool", "Worker", "Device", "Queue", "Deliveries", "Quarantine"
+    ]  # fmt: skip
+    assert not tiles["Worker"]["fine"] and not tiles["Device"]["fine"]  # there is none
+    assert tiles["Deliveries"]["said"].startswith("6 waiting, overdue for ")
+    reasons = {s["series_uid"]: (s["stated"], s["reason"]) for s in now["series"]}
+    assert reasons[OPEN_SERIES] == ("arriving", "")
+    assert reasons[REFUSED_SERIES] == ("ignored", "localizer")
+    assert all(tile["said"] in shown for tile in tiles.values())
+
+
 def test_the_role_is_that_of_the_token(page):
     for role, status in (("read", 403), ("admin", 200)):
         with browser(page, page.tokens[role]) as http:

@@ -151,7 +151,6 @@ def _row(part: Part, match: Match) -> dict[str, Any]:
         "match": match,
         "key": part.keys.key(match.patient),
         "covers": ", ".join(region.shown(match.coverage)),
-        "state": match.state if match.reason is None else f"{match.state}: {match.reason}",
     }
 
 
