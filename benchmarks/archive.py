@@ -24,6 +24,7 @@ OFFSETS_PER_SERIES = 2
 # Of nine Series, three are of a patient with three Studies and six of three patients with two:
 # six pairs, of three methods each.
 STUDIES_OF_PATIENT = (3, 2, 2, 2)
+ISSUER = "HOSPITAL"
 METHODS = ("fast", "l1", "robust")
 SCANNERS = 50  # each counts its own UIDs upwards
 MANUFACTURERS = ("SIEMENS", "GE MEDICAL SYSTEMS", "Philips", "TOSHIBA", "Canon Medical Systems")
@@ -183,7 +184,7 @@ class _Archive:
                     uid,
                     study,
                     patient,
-                    "HOSPITAL",
+                    ISSUER,
                     studied,
                     "CT",
                     PROTOCOLS[protocol[i]][0],

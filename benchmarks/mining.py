@@ -6,16 +6,18 @@ database of its own, which is then asked through the functions that the node use
 - page: `covers(liver, 0.9) and quality > 0.9`, the newest hundred with all that a table shows
 - page further back: the same, from the middle of the archive on
 - page of a rare kind: `covers(larynx, 0.9) and not overlaps(chest) and not overlaps(head)`
-- count, histogram: of all that the first expression finds; and of nearly all there is
-- pair: the best offset of two Studies and their curves; timeline: all Series of a patient
+- count, histogram, tally (months, scanners, tags against curves; of very many, of a sample): of all
+  that the first expression finds; and of nearly all there is
+- pair: the best offset of two Studies and their curves; timeline: all Series of a patient, and the
+  offsets of every pair of the patient's Studies
 
 Times are medians over repeats, each with another pair, patient or place to begin; `cpu_ms` is the
 mean of what this process and the server with all of its took of the processors meanwhile, which a
-busy machine does not change as much. `ratios` are to
-the limits that are promised (100 ms a page on Postgres, 300 ms on SQLite, 2 s a count or
-histogram), below 1 is better. `insert_ratio` is the median time in which a finished Series of 24
-slices is stored, the full database's to that of one that held nothing before: 500 are stored in
-turn, one here, one there. It is the worse one of both databases.
+busy machine does not change as much. `ratios` are to the limits that are promised (100 ms a page
+on Postgres, 300 ms on SQLite, 2 s a count or histogram, and as much for a tally), below 1 is
+better. `insert_ratio` is the median time in which a finished Series of 24 slices is stored, the
+full database's to that of one that held nothing before: 500 are stored in turn, one here, one
+there. It is the worse one of both databases.
 """
 
 import contextlib
@@ -54,6 +56,7 @@ REPEATS, QUICK_REPEATS = 25, 3
 INSERTS, QUICK_INSERTS = 500, 20
 SLICES = 24  # of a Series that is stored
 PAGE = 100
+MOST = 300  # Series and pairs of a timeline
 LIKELY = "covers(liver, 0.9) and quality > 0.9"
 RARE = "covers(larynx, 0.9) and not overlaps(chest) and not overlaps(head)"
 NEARLY_ALL = "quality > 0.5 and not overlaps(thyroid)"
@@ -184,10 +187,17 @@ def _questions(
         return answer
 
     def timeline() -> object:
-        wanted = archive.patient_id(next(patients))
+        wanted = PatientKey(archive.patient_id(next(patients)), archive.ISSUER)
         with store.reading(engine) as session:
-            found = store.list_series(session, patient_id=wanted)
-        assert found
+            found = store.series_of_patient(session, wanted, MOST)
+            offsets, is_all = store.pairs_of_patient(session, wanted, MOST)
+        assert len(found) > 1 and offsets and is_all
+        return found
+
+    def tally(expression: Expression) -> object:
+        with store.reading(engine) as session:
+            found = store.tally(session, expression, store.count_matches(session, expression))
+        assert found.months
         return found
 
     questions: list[tuple[str, float, Callable[[], object], int]] = [
@@ -218,6 +228,8 @@ def _questions(
             partial(_sum, engine, nearly_all, store.find_histogram),
             repeats // 3 or 1,
         ),
+        ("tally, with its count", SUM_MS, partial(tally, likely), repeats // 3 or 1),
+        ("tally, nearly all", SUM_MS, partial(tally, nearly_all), repeats // 3 or 1),
         ("pair", page_ms, pair, repeats),
         ("timeline", page_ms, timeline, repeats),
     ]
@@ -298,7 +310,7 @@ def _store(engine: Engine, uid: str, patient: str, day: int) -> None:
                 sop_instance_uid=f"{uid}.{k}",
                 series_uid=uid,
                 study_uid=f"{uid}.0",
-                patient=PatientKey(patient, "HOSPITAL"),
+                patient=PatientKey(patient, archive.ISSUER),
                 study_datetime=now.replace(tzinfo=None),
                 modality="CT",
                 image_type=("ORIGINAL", "PRIMARY", "AXIAL"),

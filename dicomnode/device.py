@@ -58,6 +58,12 @@ def pick_dtype(wanted: str, bundle: "Bundle", device: torch.device) -> torch.dty
     return torch.bfloat16 if apart_mm <= SAME_MM else torch.float32
 
 
+def described(device: torch.device, dtype: torch.dtype) -> str:
+    """Return a device as people know it, and the dtype it works in."""
+    name = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return ", ".join([str(device), *name, str(dtype).removeprefix("torch.")])
+
+
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":  # compute capability 8.0, Ampere, brought it
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,13 +11,14 @@ import hmac
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core.region import Region
@@ -29,6 +30,8 @@ from dicomnode.store import FoundPair, Match
 
 if TYPE_CHECKING:
     import pyarrow  # 0.1 s, which CSV need not wait for
+
+Row = TypeVar("Row", Match, FoundPair)
 
 KINDS = (".parquet", ".csv")
 KEY_BYTES = 16
@@ -182,6 +185,9 @@ def write(
             for part in _parts(ids, CURVES):
                 with store.reading(engine) as session:
                     found = store.matches(session, part)
+                    of_pairs = store.pairs_of_fixed(session, part) if to_pairs else []
+                    if pseudonyms:
+                        found, of_pairs = _as_one(session, found), _as_one(session, of_pairs)
                     if to_series:
                         put(to_series, series, [_series(m, regions, pseudonyms) for m in found])
                     if to_slices:
@@ -191,7 +197,6 @@ def write(
                             if uid in curves:
                                 put(to_slices, slices, list(_slices(curves[uid], pseudonyms)))
                     if to_pairs:
-                        of_pairs = store.pairs_of_fixed(session, part)
                         put(to_pairs, pairs, [_pair(p, pseudonyms) for p in of_pairs])
             progress(looked_at)
     return counts
@@ -243,6 +248,16 @@ class _Drained(BytesIO):
         self.seek(0)
         self.truncate()
         return chunk
+
+
+def _as_one(session: Session, rows: Sequence[Row]) -> list[Row]:
+    """Return rows with one key for each patient, whatever links tie together.
+
+    Else a patient of two keys had two pseudonyms, and dates moved by two times: the interval of a
+    pair across both would be wrong.
+    """
+    firsts = store.first_keys(session, {row.patient for row in rows})
+    return [replace(row, patient=firsts[row.patient]) for row in rows]
 
 
 def _columns(regions: Iterable[Region]) -> dict[str, str]:

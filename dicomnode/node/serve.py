@@ -20,12 +20,21 @@ from sqlalchemy import Engine
 from dicomnode import notify, store
 from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
-from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
+from dicomnode.errors import (
+    ConfigError,
+    DeviceUnavailable,
+    HeldUnavailable,
+    SpoolBusy,
+    StoreUnavailable,
+    TransientError,
+    WeightsError,
+)
 from dicomnode.held import Held
 from dicomnode.outgoing.asking import Asking
 from dicomnode.rules import Rules
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
+from dicomnode.spool.pulse import Sign
 
 T = TypeVar("T")
 
@@ -55,7 +64,9 @@ class Worker:
     wants go whatever there is to do, and first: that may be what makes room to go on.
     """
 
-    def __init__(self, settings: Settings, spool: Spool, engine: Engine) -> None:
+    def __init__(
+        self, settings: Settings, spool: Spool, engine: Engine, sign: Sign | None = None
+    ) -> None:
         from dicomnode import device, weights
         from dicomnode.node.align import AlignStage
         from dicomnode.node.assemble import AssembleStage
@@ -115,6 +126,8 @@ class Worker:
         # For who asks peers to send: whether what they sent was taken.
         self._engine, self._beats, self._beat_at = engine, bool(settings.priors.asked), -math.inf
         self._pairs_wait = False
+        self._sign = sign or Sign(spool.path)
+        self._sign.works_on(device.described(on, dtype))
         self.is_alone = False  # whether the last step took a few slices, and all there were
         logger.info(
             "worker started",
@@ -172,6 +185,7 @@ class Worker:
             done += self._prune.step(now)
             if not done:
                 self._pruned_at = time.monotonic()
+        self._sign.goes_on()
         return done
 
     def idle_s(self) -> float:
@@ -207,13 +221,16 @@ def work(settings: Settings, stop: threading.Event) -> None:
         stack.callback(spool.close)
         # After a kill, what an earlier node left running needs a moment to notice and end.
         _take_over(lambda: stack.enter_context(spool.lease()), stop)
+        sign = Sign(spool.path)
         # The database may come up after the node: its absence is waited out as well.
         engine = _persist(
-            lambda: stack.enter_context(store.opened(settings.database.url, create=True)), stop
+            lambda: stack.enter_context(store.opened(settings.database.url, create=True)),
+            stop,
+            sign,
         )
         if engine is None:
             return
-        worker = _persist(lambda: Worker(settings, spool, engine), stop)
+        worker = _persist(lambda: Worker(settings, spool, engine, sign), stop, sign)
         if worker is None:
             return
         stack.callback(worker.close)
@@ -221,7 +238,7 @@ def work(settings: Settings, stop: threading.Event) -> None:
         notify.ready()
         while not stop.is_set():
             notify.alive()
-            if not _persist(worker.step, stop):
+            if not _persist(worker.step, stop, sign):
                 spool.wait(worker.idle_s())
             elif worker.is_alone:
                 stop.wait(COMPANY_S)
@@ -263,7 +280,7 @@ def _take_over(lease: Callable[[], object], stop: threading.Event) -> None:
         stop.wait(TAKEOVER_S)
 
 
-def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
+def _persist(call: Callable[[], T], stop: threading.Event, sign: Sign) -> T | None:
     """Return what the call gives; repeat it while it fails, None once `stop` is set."""
     failures = 0
     while not stop.is_set():
@@ -273,13 +290,27 @@ def _persist(call: Callable[[], T], stop: threading.Event) -> T | None:
             raise
         except TransientError as exc:
             logger.warning("worker waits", extra={"reason": str(exc)})
+            sign.waits(_why(exc))
             if isinstance(exc, DeviceUnavailable) and failures >= DEVICE_FAILURES:
                 raise  # a broken CUDA context ends with its process, and the supervisor starts anew
         except Exception:  # must outlive one job
             logger.exception("worker step failed")
+            sign.waits("a step failed: see the log")
         stop.wait(RETRY_S[min(failures, len(RETRY_S) - 1)])
         failures += 1
     return None
+
+
+def _why(exc: TransientError) -> str:
+    """Return what people at the page are told: no address of a database, no path."""
+    match exc:
+        case DeviceUnavailable():
+            return str(exc)
+        case StoreUnavailable():
+            return "the database does not answer"
+        case HeldUnavailable():
+            return "the disk takes no pixels that rules want"
+    return "it tries again: see the log"
 
 
 @dataclass(slots=True)

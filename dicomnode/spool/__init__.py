@@ -18,6 +18,7 @@ from typing import Literal
 from dicomnode.config import SpoolSettings
 from dicomnode.errors import ConfigError, SpoolBusy, SpoolFull
 from dicomnode.model import Reason, SpooledEvent, SpooledInstance
+from dicomnode.spool import pulse
 from dicomnode.spool.bell import Bell
 from dicomnode.spool.disk import Bytes, Disk, close
 from dicomnode.spool.folder import Folder
@@ -220,6 +221,7 @@ class Spool:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 raise SpoolBusy(f"spool.path: another worker is at {self.path}") from exc
+            pulse.forget(self.path)
             self._bell.listen()
             try:
                 yield

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +31,11 @@ class Part:
     oldest: datetime | None  # arrival of the first that waits
 
 
-def survey(path: Path) -> list[Part]:
-    """Return what is in each slot and folder of a spool; it may be in use.
+FOLDERS = ("incoming", "quarantine", "held")
+
+
+def survey(path: Path, folders: Sequence[str] = FOLDERS) -> list[Part]:
+    """Return what is in each slot of a spool, and in some of its folders; it may be in use.
 
     Raises
     ------
@@ -43,11 +47,9 @@ def survey(path: Path) -> list[Part]:
     parts = []
     if (path / "journal").is_dir():
         parts = [_slot(folder) for _, folder in slots(path / "journal")]
-    for name in ("incoming", "quarantine"):
+    for name in folders:
         if (path / name).is_dir():
-            parts.append(_folder(path / name))
-    if (path / "held").is_dir():
-        parts.append(_held(path / "held"))
+            parts.append((_held if name == "held" else _folder)(path / name))
     return parts
 
 

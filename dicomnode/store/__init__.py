@@ -29,6 +29,7 @@ from dicomnode.store.browse import (
     pairs_of_study,
     series_by_id,
     series_of_patient,
+    times_of_studies,
 )
 from dicomnode.store.commitments import (
     claim_commitments,
@@ -65,7 +66,7 @@ from dicomnode.store.fetches import (
 )
 from dicomnode.store.hidden import rejected_of
 from dicomnode.store.holding import Forward, Wanting, slices_beside, wanting
-from dicomnode.store.identity import hold_identity, patient_keys
+from dicomnode.store.identity import first_keys, hold_identity, patient_keys
 from dicomnode.store.intake import (
     claim_series,
     end_association,
@@ -229,6 +230,7 @@ __all__ = [
     "find_histogram",
     "find_page",
     "finish_series",
+    "first_keys",
     "hand_over",
     "has_due",
     "has_lost_associations",
@@ -310,6 +312,7 @@ __all__ = [
     "take_message",
     "take_turn",
     "tally",
+    "times_of_studies",
     "trust",
     "unlink_between",
     "unlink_patients",

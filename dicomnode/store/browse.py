@@ -1,6 +1,6 @@
 """What the page asks: the newest Series, a patient's Series and offsets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from sqlalchemy import func, select
@@ -77,6 +77,16 @@ def pairs_of_study(session: Session, study_uid: str) -> list[StoredOffset]:
         for offset in offsets_of(session, method=Method.ROBUST, **side):
             best.setdefault((offset.fixed_study, offset.moving_study), offset)
     return list(best.values())
+
+
+def times_of_studies(session: Session, study_uids: Iterable[str]) -> dict[str, datetime | None]:
+    """Return Study Instance UID -> its time, of those the node knows."""
+    rows = session.execute(
+        select(schema.Series.study_uid, func.min(schema.Series.study_datetime))
+        .where(schema.Series.study_uid.in_(sorted(study_uids)))
+        .group_by(schema.Series.study_uid)
+    )
+    return {study_uid: when for study_uid, when in rows}
 
 
 def series_of_patient(session: Session, patient: PatientKey, limit: int) -> list[SeriesRow]:

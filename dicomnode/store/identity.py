@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from db import schema
 from dicomnode.model import PatientKey
@@ -71,6 +71,25 @@ def patient_keys(session: Session, key: PatientKey) -> list[PatientKey]:
     """
     group = group_of(session, key) if key.known else None
     return [key] if group is None else members_of(session, group)
+
+
+def first_keys(session: Session, keys: Iterable[PatientKey]) -> dict[PatientKey, PatientKey]:
+    """Return each key -> one that stands for today's patient: the first of all of that patient's.
+
+    It is the same whichever of them is asked for, until links come or go.
+    """
+    own, other = aliased(schema.PatientMember), aliased(schema.PatientMember)
+    firsts = {key: key for key in keys}
+    for part in in_parts([key for key in firsts if key.known], KEYS):
+        rows = session.execute(
+            select(own.patient_id, own.issuer, other.patient_id, other.issuer)
+            .join(other, other.group_id == own.group_id)
+            .where(of_keys(own.patient_id, own.issuer, part))
+        )
+        for id_, issuer, other_id, other_issuer in rows:
+            key = PatientKey(id_, issuer)
+            firsts[key] = min(firsts[key], PatientKey(other_id, other_issuer), key=_order)
+    return firsts
 
 
 def of_keys(id_column: Any, issuer_column: Any, keys: Iterable[PatientKey]) -> ColumnElement[bool]:

@@ -316,6 +316,19 @@ class Search:
             with_gaps.where(self._clause(node, gaps=True)),
         ]
 
+    def run(self, after: int, last: int, *columns: Any) -> Select[Any]:
+        """Return the query over those found whose numbers lie above one and up to another.
+
+        The columns may be of the Series, too.
+        """
+        query = self._of(*columns, of_series=True)
+        query = query.where(self._clause(self.expression.node, gaps=None))
+        # Of both sides of the join: Postgres does not conclude the one from the other, and might
+        # read all Series for some.
+        for key in dict.fromkeys((self.key, SERIES.id)):
+            query = query.where(key > after, key <= last)
+        return query
+
     def _cells(self) -> list[ColumnElement[bool]]:
         """Return where in the index of cells every match without missing slices is."""
         boxes = _boxes(self.expression.node, True, frozenset(self.numbers))

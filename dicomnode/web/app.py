@@ -18,7 +18,7 @@ from dicomnode.web.access import Doorkeeper
 from dicomnode.web.answer import API
 from dicomnode.web.bounds import Bounds, Refusals
 from dicomnode.web.database import Database
-from dicomnode.web.pages import live, pages
+from dicomnode.web.pages import pages, tiles
 from dicomnode.web.part import Part
 from dicomnode.web.patients import PatientKeys, secret_of
 from dicomnode.web.session import Sessions
@@ -75,7 +75,7 @@ def create(settings: Settings) -> tuple[FastAPI, ASGIApp, Refusals]:
     )
     app.state.part = part
     app.state.readiness = health.Checks()
-    app.state.queue = live.Queue()
+    app.state.queue, app.state.held = tiles.queue(), tiles.held()
     problem.install(app)
     app.include_router(health.router)
     app.include_router(docs.router)

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from starlette.responses import FileResponse
 
+from dicomnode.web import words
 from dicomnode.web.problem import Problem
 
 router = APIRouter(include_in_schema=False)
@@ -66,4 +67,5 @@ _environment = Environment(
 _environment.globals["static"] = address
 _environment.filters["signed"] = _signed
 _environment.filters["number"] = lambda value, digits=0: _minus(f"{value:,.{digits}f}")
+_environment.filters |= {"stated": words.state, "reason": words.reason, "flag": words.flag}
 _environment.filters["day"] = lambda when: f"{when:%Y-%m-%d}" if when else "no date"

@@ -1,13 +1,14 @@
 """Series, their curves, and where to begin to look in them."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from dicomnode import mining, present, query, store
-from dicomnode.mining.tree import And, Expression, Node, Text
-from dicomnode.model import SeriesState
+from dicomnode.mining.tree import And, Expression, Node, Or, Text
+from dicomnode.model import PatientKey, SeriesState
 from dicomnode.store import SeriesRow
 from dicomnode.web.access import Reader
 from dicomnode.web.answer import API, UID, Before, Limit, SeriesUID, plain, problems, tagged
@@ -30,7 +31,11 @@ def series_of(part: Part, row: SeriesRow) -> Series:
 def list_series(
     caller: Reader,
     patient: Annotated[
-        str | None, Query(max_length=1024, description="Key of a patient, never a Patient ID.")
+        str | None,
+        Query(
+            max_length=1024,
+            description="Key of a patient, never a Patient ID; of merged ones, any of their keys.",
+        ),
     ] = None,
     study: Annotated[
         str | None, Query(max_length=64, pattern=UID, description="Study Instance UID.")
@@ -48,13 +53,13 @@ def list_series(
     nodes: list[Node] = []
     whose = part.patient(patient) if patient is not None else None  # then it is a key, to be logged
     caller.saw(command="series", patient_key=patient, study_uid=study, state=state)
-    if whose is not None:
-        nodes += [Text("patient_id", (whose.patient_id,)), Text("issuer", (whose.issuer,))]
     if study is not None:
         nodes.append(Text("study_uid", (study,)))
     if state is not None:
         nodes.append(Text("state", (state,)))
     with store.reading(part.engine) as session:
+        if whose is not None:
+            nodes.append(_of_patient(store.patient_keys(session, whose)))
         tables = store.mining_tables(session) if covers else {}
         for text in covers or ():
             nodes.append(mining.parse(_question(text), part.regions, tables).node)
@@ -64,6 +69,15 @@ def list_series(
         rows = store.series_by_id(session, [m.id for m in page.matches])
     found = [series_of(part, row) for row in rows]
     return plain(SeriesPage(series=found, next=page.next))
+
+
+def _of_patient(keys: Sequence[PatientKey]) -> Node:
+    """Return the condition to be of one of a patient's keys."""
+    ids: dict[str, list[str]] = {}
+    for key in keys:
+        ids.setdefault(key.issuer, []).append(key.patient_id)
+    each = ((Text("issuer", (i,)), Text("patient_id", tuple(found))) for i, found in ids.items())
+    return Or(tuple(And(both) for both in each))
 
 
 def _question(text: str) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def fill(folder: Path) -> None:
     made = settings(folder)
     backfill.run([images], made)
     with store.opened(made.database.url) as engine, store.writing(engine) as session:
-        when = datetime.fromisoformat("2026-02-03T12:00:00+00:00")
+        when = datetime.now(UTC)  # not overdue
         asks = [Ask(DeliveryKind.REGISTRATION, "PACS", FIXED.study_uid, PRIOR.study_uid)]
         store.ask_deliveries(session, asks, when, when + timedelta(minutes=1))
 

@@ -47,6 +47,15 @@ def test_a_narrow_window_scrolls_tables_and_not_the_page(tab, name):
     assert wide <= 360
 
 
+def test_in_a_narrow_window_the_strip_stays_beside_its_curve(tab):
+    shown = tab(width=360)
+    PAGES["series"](shown)
+    strip, plot = (shown.page.locator(where).bounding_box() for where in (".strip img", ".u-over"))
+    assert strip["y"] == pytest.approx(plot["y"], abs=1)
+    assert strip["height"] == pytest.approx(plot["height"], abs=1)
+    assert strip["x"] + strip["width"] <= plot["x"]
+
+
 def test_who_is_not_signed_in_is_asked_to(tab, site):
     shown = tab(signed_in=False)
     shown.page.goto(f"/series/{FIXED.series_uid}")

@@ -195,7 +195,7 @@ def test_mining_measures_both_databases_and_leaves_nothing_behind(short_folder):
     databases = {"sqlite"} if "postgres is left out" in done.stderr else {"postgres", "sqlite"}
     asked = {(row["database"], row["query"]) for row in result["rows"]}
     assert {database for database, _ in asked} == databases
-    assert len(asked) == len(result["rows"]) == 9 * len(databases)
+    assert len(asked) == len(result["rows"]) == 11 * len(databases)
     for row in result["rows"]:
         assert set(row) == {"database", "query", "median_ms", "cpu_ms", "limit_ms"}
         assert row["median_ms"] > 0 and row["cpu_ms"] > 0

@@ -31,7 +31,6 @@ from dicomnode.scu import questions
 from dicomnode.scu.archive import archive_of
 from dicomnode.scu.move import Retrieved
 from dicomnode.store import AskPriors, Order, intake
-from dicomnode.web.pages import live
 from tests.archives import AWAY, Books
 from tests.integration.test_store import (
     MODEL,
@@ -1270,25 +1269,6 @@ def test_the_exchange_has_a_service_for_each_who_is_asked(node, tmp_path):
     others = [service.name for service in exchange.services_of(settings(tmp_path, peers=[]), node)]
     names = [service.name for service in exchange.services_of(conf, node)]
     assert names == [*others, "catch up", "fetch PACS", "fetch web", "fetch VNA"]
-
-
-def test_the_page_says_what_archives_are_asked_for(run, pacs):
-    def said(*peers: str) -> list[dict[str, Any]]:
-        with store.reading(run.engine) as session:
-            return live._fetches(session, peers)
-
-    assert said() == []
-    assert said("PACS") == [{"name": "Priors", "fine": True, "said": "0 asked for"}]
-    now = datetime.now(UTC)
-    put_order(run.engine, order(), order("1.2.1.2"))
-    with store.writing(run.engine) as session:
-        taken = store.claim_fetch(session, "PACS", now, HOUR)
-        assert taken is not None
-        store.settle_fetch(session, taken, FetchState.FAILED, now)
-        store.put_off(session, "PACS", now, module.AWAY, "no route")
-    (line,) = said("PACS", "VNA")
-    assert (line["fine"], line["said"]) == (False, "1 asked for, 1 given up; away: PACS")
-    assert said("VNA")[0]["fine"]
 
 
 def cli(database_url: str, tmp_path: Path, *arguments: str, priors: str = "") -> Result:

@@ -1,5 +1,9 @@
-"""Expressions asked of SQLite, of Postgres and of plain Python: one answer."""
+"""Expressions asked of SQLite, of Postgres and of plain Python: one answer.
 
+`DICOMNODE_TEST_MORE=20 pytest tests/integration/test_mining.py` asks twenty times as many.
+"""
+
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -25,6 +29,7 @@ from dicomnode.model import Flag, Quality, Reason, ScoreCurve, SeriesState
 from dicomnode.store import coverage, search
 from tests.conftest import postgres_database
 
+MORE = int(os.environ.get("DICOMNODE_TEST_MORE", "1"))
 MODEL, OTHER_MODEL = "5" * 64, "6" * 64
 T0 = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
 DAY0 = datetime(2024, 1, 1, 12, 0)
@@ -363,7 +368,7 @@ GAPS = scan_with_gap([(-100.0, 100.0), (250.0, 430.0)])
     texts=st.lists(EXPRESSIONS, min_size=15, max_size=25),
 )
 @settings(
-    max_examples=30,
+    max_examples=6 * MORE,
     derandomize=True,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -398,13 +403,14 @@ def test_every_span_is_asked_of_curves_with_every_ends(databases):
     assert {len(r.stretches) for r in table} == {1, 2}
     for engine in databases:
         ids = fill(engine, rows)
-        with store.reading(engine) as session:
-            for text in questions:
-                expression = asked(text)
-                expected = [i for i, r in zip(ids, table, strict=True) if evaluate(expression, r)]
-                assert 0 < len(expected) < len(ids)
-                page = store.find_page(session, expression, limit=len(ids))
-                assert [m.id for m in page.matches] == expected[::-1], text
+        for text in questions:
+            expression = asked(text)
+            expected = [i for i, r in zip(ids, table, strict=True) if evaluate(expression, r)]
+            assert 0 < len(expected) < len(ids)
+            assert [i for _, some in store.windows(engine, expression) for i in some] == expected, (
+                text
+            )
+            with store.reading(engine) as session:
                 assert store.count_matches(session, expression) == len(expected), text
 
 
@@ -424,7 +430,7 @@ OF_HEIGHT = st.recursive(
 
 
 @given(text=OF_HEIGHT)
-@settings(max_examples=1500, derandomize=True, deadline=None)
+@settings(max_examples=250 * MORE, derandomize=True, deadline=None)
 def test_no_match_lies_outside_the_part_of_the_index_that_is_read(text):
     """Every curve of one stretch that an expression finds lies in one of its boxes."""
     expression = asked(text)
@@ -549,7 +555,7 @@ def test_a_prior_is_an_earlier_study_of_the_same_patient(databases):
 
 
 @given(text=st.text(max_size=30), part=st.text(min_size=1, max_size=12))
-@settings(max_examples=200, derandomize=True, deadline=None)
+@settings(max_examples=60 * MORE, derandomize=True, deadline=None)
 @example(text="x", part="'; drop table series; --")
 @example(text="x", part="%s %(x)s ? :y {}")
 def test_no_text_becomes_sql(text, part):
@@ -576,7 +582,7 @@ NASTY = st.sampled_from(
 
 
 @given(text=st.text(max_size=40) | st.lists(NASTY, max_size=14).map(" ".join))
-@settings(max_examples=600, derandomize=True, deadline=None)
+@settings(max_examples=200 * MORE, derandomize=True, deadline=None)
 @example(text="not " * 900 + "slices = 1")
 @example(text="(" * 3000)
 @example(text="slices = 1 or " * 280 + "slices = 1")

@@ -1,6 +1,7 @@
 """Pages over real sockets, on both databases: who gets in, what is refused, what is recorded."""
 
 import contextlib
+import importlib
 import json
 import re
 import ssl
@@ -159,6 +160,21 @@ def test_a_session_reads_the_rest_interface_and_posts_nothing_to_it(page):
         assert http.post("/api/v1/coverage", json={"q": "slices > 1"}).status_code == 401
 
 
+def test_live_says_in_words_how_parts_and_series_stand(page):
+    with browser(page) as http:
+        now, shown = http.get("/live.json").json(), http.get("/").text
+    tiles = {tile["name"]: tile for tile in now["health"]}
+    assert list(tiles) == [
+        "Database", "Spool", "Worker", "Device", "Queue", "Deliveries", "Quarantine"
+    ]  # fmt: skip
+    assert not tiles["Worker"]["fine"] and not tiles["Device"]["fine"]  # there is none
+    assert tiles["Deliveries"]["said"].startswith("6 waiting, overdue for ")
+    reasons = {s["series_uid"]: (s["stated"], s["reason"]) for s in now["series"]}
+    assert reasons[OPEN_SERIES] == ("arriving", "")
+    assert reasons[REFUSED_SERIES] == ("ignored", "localizer")
+    assert all(tile["said"] in shown for tile in tiles.values())
+
+
 def test_the_role_is_that_of_the_token(page):
     for role, status in (("read", 403), ("admin", 200)):
         with browser(page, page.tokens[role]) as http:
@@ -302,7 +318,8 @@ def test_a_tally_says_what_counting_one_by_one_does(engine):
         with store.reading(engine) as session:
             asked = mining.parse(text, regions, store.mining_tables(session))
             matches = store.find_page(session, asked).matches
-            found = store.tally(session, asked)
+            found = store.tally(session, asked, len(matches))
+        assert found.counted == len(matches)
         months = [f"{m.study_datetime:%Y-%m}" if m.study_datetime else "" for m in matches]
         assert found.months == {month: months.count(month) for month in sorted(set(months))}
         assert sum(found.manufacturers.values()) == len(matches)
@@ -313,6 +330,29 @@ def test_a_tally_says_what_counting_one_by_one_does(engine):
             shares = [dict((r.name, s) for r, s in m.coverage)[part] for m in matches]
             sure, perhaps = sum(s > 0.7 for s in shares), sum(s > 0.3 for s in shares)
             assert sure <= shown <= perhaps, part
+
+
+def test_of_very_many_an_even_sample_is_tallied(engine, monkeypatch):
+    served.fill(engine)
+    many = importlib.import_module(
+        "dicomnode.store.tally"
+    )  # the package has a function of its name
+    regions = region.from_manifest(manifest.read_manifest(None))
+    for text in ("slices > 1", "state != open"):
+        with store.reading(engine) as session:
+            asked = mining.parse(text, regions, store.mining_tables(session))
+            count = store.count_matches(session, asked)
+            every = store.tally(session, asked, count)
+            monkeypatch.setattr(many, "TALLIED", count - 1)
+            some = store.tally(session, asked, count)
+            assert 0 < some.counted < every.counted == count
+            for way in ("months", "manufacturers", "tags"):
+                of_all = getattr(every, way)
+                assert all(n <= of_all[name] for name, n in getattr(some, way).items()), way
+            # The runs are apart, and each Series is in one of them.
+            monkeypatch.setattr(many, "TALLIED", count - 1e-9)
+            assert store.tally(session, asked, count) == every
+            monkeypatch.undo()
 
 
 def test_one_kept_slice_is_read_without_the_others(engine):

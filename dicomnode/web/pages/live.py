@@ -1,23 +1,18 @@
 """What arrives now, how the node stands, and what came today."""
 
-import math
-import threading
-import time
-from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
-from sqlalchemy.orm import Session
 
 from dicomnode import store
 from dicomnode.core import region
-from dicomnode.errors import NodeError
 from dicomnode.log import Seldom
-from dicomnode.model import DeliveryState, FetchState, PatientKey, SeriesState
-from dicomnode.spool.survey import survey
+from dicomnode.model import Flag, PatientKey, SeriesState
 from dicomnode.store import SeriesRow
+from dicomnode.web import words
+from dicomnode.web.pages import tiles
 from dicomnode.web.pages.route import Posted, Visitor, pages, show
 from dicomnode.web.part import Part
 from dicomnode.web.problem import Problem
@@ -25,20 +20,7 @@ from dicomnode.web.problem import Problem
 router = pages()
 
 ROWS = 40
-SPOOL_S = 3.0  # between looks into the spool, which reads as much as waits
-SAID = {
-    "database": ("Database", "answers", "does not answer"),
-    "spool": ("Spool", "takes what is sent", "takes nothing: no room, or no such folder"),
-    "worker": ("Worker", "at work", "does not run: what is sent waits in the spool"),
-}
 TOLD_S = 600.0
-STATES = {
-    SeriesState.OPEN: "arriving",
-    SeriesState.CURVE: "curve",
-    SeriesState.IGNORED: "ignored",
-    SeriesState.QUARANTINED: "quarantined",
-}
-
 _seldom = Seldom(TOLD_S)
 
 
@@ -68,8 +50,11 @@ def find_patient(request: Request, sent: Posted) -> Response:
         raise Problem(422, "expected a Patient ID, of at most 64 characters")
     caller.saw(command="lookup", by_patient=True)
     with store.reading(part.engine) as session:
-        issuers = store.issuers_of(session, patient_id)
-    keys = {issuer: part.keys.key(PatientKey(patient_id, issuer)) for issuer in issuers}
+        known = [PatientKey(patient_id, issuer) for issuer in store.issuers_of(session, patient_id)]
+        firsts = store.first_keys(session, known)
+    # Of keys that are one patient, the first leads there as well as the others.
+    patients = {firsts[key]: key for key in reversed(known)}
+    keys = {key.issuer: part.keys.key(key) for key in sorted(patients.values(), key=known.index)}
     if len(keys) == 1:
         return RedirectResponse(f"/patients/{next(iter(keys.values()))}", 303)
     return show(request, caller, "patients.html", 200 if keys else 404, keys=keys)
@@ -77,65 +62,44 @@ def find_patient(request: Request, sent: Posted) -> Response:
 
 def _values(request: Request, part: Part) -> dict[str, Any]:
     since = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
+    now, state = datetime.now(UTC), request.app.state
     with store.reading(part.engine) as session:
         rows = store.newest_series(session, ROWS)
         today = store.arrivals_since(session, since.astimezone(UTC))
-        deliveries = store.count_undelivered(session)
-        quarantined = sum(store.count_quarantined(session).values())
-        fetches = _fetches(session, part.settings.priors.asked)
-    checks = request.app.state.readiness.of(part).checks
+        stored = [
+            tiles.deliveries(session, now),
+            tiles.fetches(part, session, now),
+            tiles.quarantine(session),
+        ]
+    checks = state.readiness.of(part).checks
+    health = [
+        *(tiles.check(name, fine) for name, fine in checks.items()),
+        tiles.device(part, checks.get("worker", False), now),
+        state.queue.of(part),
+        *stored,
+        state.held.of(part),
+    ]
     return {
-        "at": f"{datetime.now().astimezone():%H:%M:%S}",
-        "health": [_check(name, fine) for name, fine in checks.items()]
-        + [
-            request.app.state.queue.of(part),
-            _deliveries(deliveries),
-            *fetches,
-            {
-                "name": "Quarantine",
-                "fine": quarantined == 0,
-                "said": f"{quarantined:,} files to look at" if quarantined else "empty",
-            },
-            {"name": "Device", "fine": True, "said": f"{part.settings.score.device} (setting)"},
-        ],
+        "at": f"{now.astimezone():%H:%M:%S}",
+        "health": [tile for tile in health if tile is not None],
         "today": [
             {
-                "name": STATES[state],
-                "series": f"{today.get(state, (0, 0))[0]:,}",
-                "images": f"{today.get(state, (0, 0))[1]:,}",
+                "name": words.STATES[kind],
+                "series": f"{today.get(kind, (0, 0))[0]:,}",
+                "images": f"{today.get(kind, (0, 0))[1]:,}",
             }
-            for state in SeriesState
+            for kind in SeriesState
         ],
         "series": [_row(part, row) for row in rows],
     }
 
 
-def _check(name: str, fine: bool) -> dict[str, Any]:
-    title, yes, no = SAID[name]
-    return {"name": title, "fine": fine, "said": yes if fine else no}
-
-
-def _deliveries(counts: dict[DeliveryState, int]) -> dict[str, Any]:
-    failed, waiting = counts.get(DeliveryState.FAILED, 0), counts.get(DeliveryState.WAITING, 0)
-    said = f"{waiting:,} waiting" + (f", {failed:,} failed" if failed else "")
-    return {"name": "Deliveries", "fine": not failed, "said": said}
-
-
-def _fetches(session: Session, peers: Collection[str]) -> list[dict[str, Any]]:
-    """What archives are asked for, where any is; what was given up long ago is no news."""
-    if not peers:
-        return []
-    counts = store.count_fetches(session, peers, datetime.now(UTC) - timedelta(days=1))
-    away = [turn.peer for turn in store.list_turns(session) if turn.failures and turn.peer in peers]
-    failed = counts.pop(FetchState.FAILED, 0)
-    said = f"{sum(counts.values()):,} asked for" + (f", {failed:,} given up" if failed else "")
-    said += f"; away: {', '.join(away)}" if away else ""
-    return [{"name": "Priors", "fine": not failed and not away, "said": said}]
-
-
 def _row(part: Part, row: SeriesRow) -> dict[str, Any]:
     quality = row.quality
-    aside = [f"{reason} {count}" for reason, count in sorted(row.set_aside.items())]
+    aside = [f"{words.reason(code)}: {count}" for code, count in sorted(row.set_aside.items())]
+    flags = [words.flag(code) for code in quality.flags] if quality else []
+    if aside:  # which says the same, and of what
+        flags = [flag for flag in flags if flag != words.FLAGS[Flag.SLICES_REFUSED]]
     return {
         "series_uid": row.series_uid,
         "patient": row.patient.patient_id or "none",
@@ -143,14 +107,14 @@ def _row(part: Part, row: SeriesRow) -> dict[str, Any]:
         "study": f"{row.study_datetime:%Y-%m-%d}" if row.study_datetime else "unknown",
         "tag": row.body_part_examined or "none",
         "state": str(row.state),
-        "stated": STATES[row.state],
-        "reason": str(row.reason or ""),
+        "stated": words.STATES[row.state],
+        "reason": words.reason(row.reason) if row.reason else "",
         "scored": row.scored,
         "received": row.received,
         "expected": row.expected,
         "covers": ", ".join(region.shown(row.coverage)),
         "quality": f"{quality.pearson_r:.3f}" if quality else "",
-        "notes": ", ".join([*aside, *(quality.flags if quality else ())]),
+        "notes": ", ".join([*aside, *flags]),
         "arrived": _when(row.last_arrival_at.astimezone()),
     }
 
@@ -158,39 +122,3 @@ def _row(part: Part, row: SeriesRow) -> dict[str, Any]:
 def _when(time: datetime) -> str:
     """Return a time of today as such, an older one as its day."""
     return f"{time:%H:%M:%S}" if time.date() == datetime.now().date() else f"{time:%Y-%m-%d}"
-
-
-class Queue:
-    """What waits in the spool, kept for a moment: pages that are open ask every few seconds."""
-
-    def __init__(self) -> None:
-        self._looking = threading.Lock()
-        self._found = -math.inf, _queue(True, "being looked at")
-
-    def of(self, part: Part) -> dict[str, Any]:
-        """Return what is shown of it."""
-        then, found = self._found
-        # One looks, the others are told what was found last: a long queue takes long to read.
-        if time.monotonic() - then > SPOOL_S and self._looking.acquire(blocking=False):
-            try:
-                found = self._look(part)
-                self._found = time.monotonic(), found
-            finally:
-                self._looking.release()
-        return found
-
-    def _look(self, part: Part) -> dict[str, Any]:
-        try:
-            parts = [p for p in survey(part.settings.spool.path) if p.name != "quarantine"]
-        except (NodeError, OSError):
-            return _queue(False, "the spool cannot be read")
-        waiting = sum(p.waiting for p in parts)
-        if not waiting:
-            return _queue(True, "nothing waits")
-        said = f"{waiting:,} waiting, {sum(p.waiting_bytes for p in parts) / 1e6:,.1f} MB"
-        oldest = min((p.oldest for p in parts if p.oldest), default=None)
-        return _queue(True, said + (f", since {oldest.astimezone():%H:%M:%S}" if oldest else ""))
-
-
-def _queue(fine: bool, said: str) -> dict[str, Any]:
-    return {"name": "Queue", "fine": fine, "said": said}

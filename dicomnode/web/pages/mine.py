@@ -24,8 +24,6 @@ router = pages()
 
 ROWS = 50
 MAX_TEXT = 4000
-# Of more, months, scanners and tags are not counted: that reads each Series that is found.
-TALLIED = 1_000_000
 SHOWN = 12  # scanners and tags in a table, the most frequent
 EXAMPLES = (
     "covers(liver, 0.9) and quality > 0.9",
@@ -43,7 +41,7 @@ class Found:
     count: int
     page: Page
     histogram: Histogram
-    tally: Tally | None  # None: too many to count
+    tally: Tally
 
 
 @router.get("/mine")
@@ -68,7 +66,7 @@ def ask(request: Request, sent: Posted) -> Response:
         count = store.count_matches(session, asked)
         page = store.find_page(session, asked, before=before, limit=ROWS)
         histogram = store.find_histogram(session, asked)
-        tally = store.tally(session, asked) if count <= TALLIED else None
+        tally = store.tally(session, asked, count)
     return _show(request, caller, text, found=Found(count, page, histogram, tally), before=before)
 
 
@@ -133,13 +131,10 @@ def _show(
         found=found,
         rows=[_row(part, m) for m in found.page.matches] if found else [],
         bars=_bars(found.histogram) if found else [],
-        months=_most(found.tally.months) if found and found.tally else [],
-        makers=_most(dict(list(found.tally.manufacturers.items())[:SHOWN]))
-        if found and found.tally
-        else [],
-        tags=_tags(found.tally) if found and found.tally else [],
+        months=_most(found.tally.months) if found else [],
+        makers=_most(dict(list(found.tally.manufacturers.items())[:SHOWN])) if found else [],
+        tags=_tags(found.tally) if found else [],
         shown=SHOWN,
-        tallied=TALLIED,
         before=before,
         error=error,
         excerpt=str(error).removeprefix(error.message + "\n") if error else "",
@@ -151,7 +146,6 @@ def _row(part: Part, match: Match) -> dict[str, Any]:
         "match": match,
         "key": part.keys.key(match.patient),
         "covers": ", ".join(region.shown(match.coverage)),
-        "state": match.state if match.reason is None else f"{match.state}: {match.reason}",
     }
 
 

@@ -25,6 +25,7 @@ def patient(
     whose = part.patient(key)  # what is no key may be a Patient ID, and is not logged
     caller.saw(command="patient page", patient_key=key)
     with store.reading(part.engine) as session:
+        keys = store.patient_keys(session, whose)
         rows = store.series_of_patient(session, whose, MAX_SERIES + 1)
         pairs, every_pair = store.pairs_of_patient(session, whose, MAX_PAIRS)
     if not rows:
@@ -47,6 +48,7 @@ def patient(
         caller,
         "patient.html",
         whose=whose,
+        others=[other for other in keys if other != whose],
         rows=rows,
         pairs=pairs,
         when={row.study_uid: row.study_datetime for row in rows},

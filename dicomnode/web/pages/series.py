@@ -31,7 +31,9 @@ def series(request: Request, caller: Visitor, series_uid: SeriesUID) -> Response
     with store.reading(part.engine) as session:
         has_previews = found.curve is not None and store.has_previews(session, series_uid)
         pairs = store.pairs_of_study(session, found.series.study_uid)
-    pairs = [p for p in pairs if series_uid in (p.fixed_series, p.moving_series)]
+        pairs = [p for p in pairs if series_uid in (p.fixed_series, p.moving_series)]
+        studies = {uid for p in pairs for uid in (p.fixed_study, p.moving_study)}
+        when = store.times_of_studies(session, studies)
     values: JSON = {"chart": None, "strip": None, "regions": []}
     if found.curve is not None:
         values = _curve(found, found.curve, has_previews)
@@ -44,6 +46,7 @@ def series(request: Request, caller: Visitor, series_uid: SeriesUID) -> Response
         curve=found.curve,
         has_previews=has_previews,
         pairs=pairs,
+        when=when,
         live=len(found.live_z_mm),
         **values,
     )

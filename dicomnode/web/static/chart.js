@@ -94,7 +94,7 @@ export function chart(element, data, pointed, placed) {
     font: '12px system-ui, "DejaVu Sans", sans-serif', labelFont: '12px system-ui, "DejaVu Sans", sans-serif' };
   const minus = (u, ticks) => ticks.map((t) => String(t).replace("-", "−"));
   const options = {
-    width: Math.max(element.clientWidth, 240),
+    width: Math.max(element.clientWidth, 180),
     height: inner + TOP + AXIS + LABEL,
     padding: [TOP, 12, 0, 0],
     scales: {
@@ -130,7 +130,7 @@ export function chart(element, data, pointed, placed) {
     pointed(plot.posToVal(e.clientY - box.top, "x"));
   });
   new ResizeObserver(() => {
-    const width = Math.max(element.clientWidth, 240);
+    const width = Math.max(element.clientWidth, 180);
     if (width !== plot.width) plot.setSize({ width, height: plot.height });
   }).observe(element);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
