@@ -21,6 +21,7 @@ from dicomnode.audit import MINOR_FAILURE, SUCCESS, Act, AuditLog
 from dicomnode.config import Peer, Settings
 from dicomnode.errors import (
     ConfigError,
+    DicomError,
     ObjectError,
     PeerUnavailable,
     StoreUnavailable,
@@ -250,6 +251,8 @@ class Work:
             self.postpone(delivery, FIRST)
         except ObjectError as exc:
             self.settle(delivery, DeliveryState.DROPPED, reason=str(exc))
+        except DicomError as exc:  # of what is held, which may be sent again
+            self.retry(delivery, str(exc))
         except TransientError:
             raise
         except Exception as exc:  # one that cannot be made must not stop those behind it

@@ -64,7 +64,16 @@ from dicomnode.store.fetches import (
     settle_inquiry,
 )
 from dicomnode.store.hidden import rejected_of
-from dicomnode.store.holding import Forward, Wanting, slices_beside, wanting
+from dicomnode.store.holding import (
+    Forward,
+    Wanting,
+    Whose,
+    delivered_of_study,
+    have_any,
+    slices_beside,
+    wanting,
+    whose,
+)
 from dicomnode.store.identity import hold_identity, patient_keys
 from dicomnode.store.intake import (
     claim_series,
@@ -182,6 +191,7 @@ __all__ = [
     "StoredOffset",
     "Tally",
     "Wanting",
+    "Whose",
     "arrivals_since",
     "ask_days",
     "ask_deliveries",
@@ -208,6 +218,7 @@ __all__ = [
     "curve_of",
     "curves_of",
     "dates_of_studies",
+    "delivered_of_study",
     "drop_deliveries",
     "end_association",
     "end_lost_associations",
@@ -220,6 +231,7 @@ __all__ = [
     "has_due",
     "has_lost_associations",
     "has_previews",
+    "have_any",
     "heights_of",
     "held_series",
     "hold_deliveries",
@@ -301,6 +313,7 @@ __all__ = [
     "unlink_patients",
     "waiting_for",
     "wanting",
+    "whose",
     "windows",
     "writing",
 ]
