@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -102,6 +103,9 @@ class Series(Base):
     # DICOM keyword -> text of one of its Instances, for objects that refer to the Series: of the
     # patient, so it leaves the database in these alone. Null: it came before schema 0005.
     header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    # Whether its patient is that of another Series of its Study, which was corrected, while its own
+    # images said another one when they last came.
+    moved_along: Mapped[bool] = mapped_column(server_default=false())
 
 
 class Slice(Base):

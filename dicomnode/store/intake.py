@@ -20,6 +20,7 @@ from dicomnode.model import (
     SeriesState,
     SliceHeader,
 )
+from dicomnode.store.corrected import correct_deliveries
 from dicomnode.store.coverage import store_coverage
 from dicomnode.store.fetches import AskPriors, ask_priors, expected_of
 from dicomnode.store.hidden import without_rejected
@@ -284,11 +285,22 @@ def _hold_identity(session: Session, by_series: Mapping[str, list[SliceResult]])
     """Lock who is one patient, before any row: exclusively where a Series changes its patient."""
     if session.get_bind().dialect.name != "postgresql":
         return
+    # Looked at under the lock, since another worker may have moved one just before. Postgres lets
+    # go of it with the savepoint: two that waited to exchange theirs would wait for each other.
+    shared = session.begin_nested()
+    hold_identity(session)
+    if not _any_moves(session, by_series):
+        shared.commit()
+        return
+    shared.rollback()
+    hold_identity(session, exclusive=True)
+
+
+def _any_moves(session: Session, by_series: Mapping[str, list[SliceResult]]) -> bool:
     columns = schema.Series.series_uid, schema.Series.study_uid
     query = select(*columns, schema.Series.patient_id, schema.Series.issuer)
     known = session.execute(query.where(schema.Series.series_uid.in_(by_series)))
-    moves = any(_moves(row, _speaker(by_series[row.series_uid])) for row in known)
-    hold_identity(session, exclusive=moves)
+    return any(_moves(row, _speaker(by_series[row.series_uid])) for row in known)
 
 
 def _speaker(results: Sequence[SliceResult]) -> SliceResult:
@@ -318,11 +330,16 @@ def _record_series(
     series, is_new = _series_for_update(session, header, results[0].arrived_at)
     moved = _moves(series, newest)
     sound = newest.score is not None
+    # Its own images say at last what it was moved to: all that was made of them is to be anew.
+    confirmed = sound and series.moved_along and not moved
+    if moved or confirmed:
+        series.moved_along = False
     if sound and (moved or series.header is None or series.state != SeriesState.OPEN):
         _describe(series, newest, moved, describe)
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
-        results = [r for r in results if not _is_known(r, model, known)]
+        if not confirmed:
+            results = [r for r in results if not _is_known(r, model, known)]
         if not results and not moved:
             return
         reopen(session, series)
@@ -336,7 +353,7 @@ def _record_series(
         # At once: they are between two patients, or within one study.
         _drop_offsets(session, series.id)
         if within_study:
-            _move_study(session, series, before)
+            _move_study(session, series, before, newest.arrived_at)
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
@@ -379,7 +396,7 @@ def _describe(
         series.header = None
 
 
-def _move_study(session: Session, series: schema.Series, before: PatientKey) -> None:
+def _move_study(session: Session, series: schema.Series, before: PatientKey, now: datetime) -> None:
     """Take the other Series of a Study along to the patient that one of them was corrected to.
 
     A Study has one patient (PS3.3 A.1.2), and an archive may send again what changed alone. Series
@@ -400,6 +417,7 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey) -> 
     ).all()
     for other in others:
         other.patient_id, other.issuer = series.patient_id, series.issuer
+        other.moved_along = True
         if other.header is not None:
             # Else its objects would bear the name of one patient beside the ID of another.
             kept = {k: v for k, v in other.header.items() if k not in PATIENT}
@@ -408,6 +426,7 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey) -> 
         other.study_datetime = series.study_datetime
         _drop_offsets(session, other.id)
     session.flush()
+    correct_deliveries(session, [other.series_uid for other in others], now)
     for other in others:
         curve = session.get(schema.Curve, other.id)
         if curve is not None and other.state == SeriesState.CURVE:

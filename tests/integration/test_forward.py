@@ -140,6 +140,48 @@ def test_images_of_keys_that_are_linked_are_of_one_patient(node):
         patients(made)
 
 
+def test_a_study_that_moves_takes_along_what_was_asked_for_its_other_series(node):
+    """The archive corrects one Series, and later the others."""
+    node.start(ALL)
+    study = {"StudyInstanceUID": STUDY}
+    node.receive(*(ds for uid in (SERIES, OTHER, THIRD) for ds in few(uid, **study, **WRONG)))
+    settle(node, OTHER, DeliveryState.DONE)
+    on_its_way = by_subject(node)[THIRD]
+    node.receive(*few(SERIES, **study, **RIGHT), association=B)
+    assert patients(make(node, SERIES)) == [RIGHT["PatientID"]] * SLICES
+    found = by_subject(node)
+    assert found[OTHER].state is DeliveryState.FAILED and "was corrected" in found[OTHER].reason
+    assert found[THIRD].state is DeliveryState.WAITING
+    with pytest.raises(DicomError, match="another patient"):
+        make(node, THIRD)
+    with store.writing(node.engine) as session:  # what was under way settles nothing
+        now = datetime.now(UTC)
+        assert not store.settle_delivery(session, on_its_way, DeliveryState.DONE, now)
+    Held(node.settings().held_path).drop(STUDY, OTHER)  # it was delivered long ago
+    node.receive(*(ds for uid in (OTHER, THIRD) for ds in few(uid, **study, **RIGHT)))
+    for uid in (OTHER, THIRD):
+        assert by_subject(node)[uid].state is DeliveryState.WAITING
+        assert patients(make(node, uid)) == [RIGHT["PatientID"]] * SLICES
+    versions = {uid: d.version for uid, d in by_subject(node).items()}
+    node.receive(*few(OTHER, **study, **RIGHT), association="c" * 16)  # and nothing new
+    assert {uid: d.version for uid, d in by_subject(node).items()} == versions
+
+
+@on_sqlite
+def test_a_report_of_a_series_that_moved_along_is_made_anew(node):
+    node.start(ALL)
+    node.receive(*(ds for uid in (SERIES, OTHER) for ds in few(uid, StudyInstanceUID=STUDY)))
+    now = datetime.now(UTC)
+    with store.writing(node.engine) as session:
+        store.ask_deliveries(session, [Ask(DeliveryKind.REPORT, "PACS", OTHER)], now, now)
+        (report,) = store.list_deliveries(session, destination="PACS")
+        assert store.settle_delivery(session, report, DeliveryState.DONE, now)
+    node.receive(*few(SERIES, StudyInstanceUID=STUDY, **RIGHT), association=B)
+    with store.reading(node.engine) as session:
+        (report,) = store.list_deliveries(session, destination="PACS")
+    assert (report.state, report.version) == (DeliveryState.WAITING, 2)
+
+
 # While it is being sent
 
 
