@@ -47,6 +47,7 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
         rejected = store.rejected_of(session, list(files))
         files = {uid: file for uid, file in files.items() if uid not in rejected}
     if not files:
+        _check_mounted(settings)
         raise Nothing("its pixels are not held any more")
     chosen = [uid for uid in files if wanted is None or uid in wanted]
     if not chosen:
@@ -82,6 +83,16 @@ def held_of(settings: Settings, study_uid: str, series_uid: str) -> dict[str, Pa
         except OSError as exc:
             raise _unreadable(exc) from exc
     return dict(sorted(files.items()))
+
+
+def _check_mounted(settings: Settings) -> None:
+    """Raise where nothing at all lies in the folder in which everything is kept for good."""
+    path = settings.keep.dicom_path
+    try:
+        if path is not None and not any(path.iterdir()):
+            raise DicomError("keep.dicom_path is empty: is its disk mounted?")
+    except OSError as exc:
+        raise DicomError(f"keep.dicom_path cannot be read: {exc.strerror}") from exc
 
 
 def _slices(session: Session, rule: Rule, found: Match) -> set[str]:

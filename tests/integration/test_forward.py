@@ -246,6 +246,23 @@ def test_a_disk_that_does_not_give_a_file_is_the_matter_of_that_delivery(node, m
                 make(node)
 
 
+@on_sqlite
+def test_a_disk_that_is_not_mounted_is_no_reason_to_let_go_of_a_delivery(node, tmp_path):
+    kept = tmp_path / "kept"
+    node.start(ALL, dicom_path=kept)
+    node.receive(*few())
+    assert len(make(node)) == SLICES
+    kept.rename(tmp_path / "elsewhere")
+    with pytest.raises(DicomError, match="No such file or directory"):
+        make(node)
+    kept.mkdir()
+    with pytest.raises(DicomError, match="is its disk mounted"):
+        make(node)
+    (kept / "1.2.9").mkdir()  # it is another Series that is there
+    with pytest.raises(Nothing, match="not held any more"):
+        make(node)
+
+
 # Circles
 
 
