@@ -104,8 +104,13 @@ class Series(Base):
     # patient, so it leaves the database in these alone. Null: it came before schema 0005.
     header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
     # Whether its patient is that of another Series of its Study, which was corrected, while its own
-    # images said another one when they last came.
+    # images, which a rule sends on, said another one when they last came.
     moved_along: Mapped[bool] = mapped_column(server_default=false())
+    # SOP Instance UID -> PatientID, issuer, Study Instance UID, of Instances that last said
+    # otherwise than this row: once they are most, it moves there. Null: none.
+    dissent: Mapped[dict[str, list[str]] | None] = mapped_column(JSON(none_as_null=True))
+    # (PatientID, issuer) of whom it was taken for before; null: of nobody.
+    former: Mapped[list[list[str]] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class Slice(Base):

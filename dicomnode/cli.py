@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dicomnode import config as configuration
 from dicomnode import log
 from dicomnode.audit import Act, AuditLog, user
+from dicomnode.core import placeholder
 from dicomnode.errors import ConfigError, ExpressionError, NodeError, ObjectError, WeightsError
 from dicomnode.model import (
     DeliveryState,
@@ -984,10 +985,18 @@ def merge(merged: str, into: str, force: bool, config: Path | None, as_json: boo
     """
     from dicomnode import present, store
 
-    default = configuration.load(_config_path(config)).node.default_issuer
+    own = configuration.load(_config_path(config)).node
     with _database(config) as engine:
         with store.writing(engine) as session:
-            keys = [_patient_key(session, text, default, force) for text in (merged, into)]
+            keys = [
+                _patient_key(session, text, own.default_issuer, force) for text in (merged, into)
+            ]
+            names = own.placeholder_ids
+            if any(placeholder.is_placeholder(key.patient_id, names) for key in keys):
+                raise click.UsageError(
+                    "a placeholder is nobody (node.placeholder_ids): all who ever had it would "
+                    "become one patient"
+                )
             try:
                 source, now = store.LinkSource.CLI, datetime.now(UTC)
                 changed = store.link_patients(session, keys[0], keys[1], source, now)

@@ -32,6 +32,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from dicomnode.core import placeholder
 from dicomnode.errors import ConfigError
 
 _PREFIX = "DICOMNODE_"
@@ -136,6 +137,11 @@ class Peer(_Section):
         pattern=r"^[^\\]*$",
         description="Issuer of Patient ID (0010,0021) taken for objects of this peer without one.",
     )
+    corrects: bool = Field(
+        default=True,
+        description="Whether a Series may move to another patient or Study by what this peer "
+        "sends. False for an archive in which patients are not corrected.",
+    )
 
 
 class NodeSettings(_Section):
@@ -163,6 +169,11 @@ class NodeSettings(_Section):
         pattern=r"^[^\\]*$",
         description="Issuer of Patient ID (0010,0021) taken for objects without one whose sender "
         "has no default_issuer of its own, imported files among them.",
+    )
+    placeholder_ids: tuple[str, ...] = Field(
+        default=placeholder.COMMON,
+        description="Patient IDs that stand for nobody, whatever their case, marks and leading "
+        "zeros: they are never made one patient with another. One without letter and digit is.",
     )
     receivers: int = Field(
         default=0,
@@ -428,6 +439,10 @@ class HL7Settings(_Section):
     identifier_types: tuple[str, ...] = Field(
         default=("", "MR", "PI", "PT"),
         description='Types of identifiers (CX.5) that are Patient IDs; "" where none is given.',
+    )
+    changed_identifiers: bool = Field(
+        default=False,
+        description="Whether A47, which puts one identifier of a patient right, links both.",
     )
     processing_ids: tuple[str, ...] = Field(
         default=("P",), description="Processing IDs (MSH-11) of messages that are acted on."

@@ -245,6 +245,7 @@ class SliceHeader:
     expected_instances: int | None = None  # NumberOfSeriesRelatedInstances (0020,1209)
     frame: int = 1  # counted from 1, as in PS3.3
     issuer_is_default: bool = False  # the data set named none
+    calling_ae_title: str = ""  # who sent it; empty: nobody did, or it is not known
     acquisition: Acquisition = Acquisition()
 
 

@@ -221,7 +221,7 @@ def _beyond_meta(tag: BaseTag, vr: str | None, length: int) -> bool:
     return bool(tag >> 16 != 2)
 
 
-def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
+def header_of(ds: Dataset, *, calling_ae_title: str = "", default_issuer: str = "") -> SliceHeader:
     """Return what the node reads of an Instance, pixels aside.
 
     What is missing or unreadable is None or empty: whether that matters is for
@@ -257,6 +257,7 @@ def header_of(ds: Dataset, *, default_issuer: str = "") -> SliceHeader:
                 manufacturer=text(ds, "Manufacturer"),
                 expected_instances=integer(ds, "NumberOfSeriesRelatedInstances"),
                 issuer_is_default=not text(ds, "IssuerOfPatientID"),
+                calling_ae_title=calling_ae_title,
                 acquisition=_acquisition(ds),
             )
         except CorruptObject:

@@ -58,7 +58,8 @@ def decode(
     else:
         ds = dataset.read(BytesIO(data))
         calling = dataset.calling_ae_title(ds)
-        header = dataset.header_of(ds, default_issuer=issuers.get(calling) or issuers.get("", ""))
+        default_issuer = issuers.get(calling) or issuers.get("", "")
+        header = dataset.header_of(ds, calling_ae_title=calling, default_issuer=default_issuer)
     if reason := admission.refuse_instance(header):
         if reason is Reason.NOT_CT and header.sop_class_uid == admission.KEY_OBJECT_SELECTION:
             return (_key_objects(data, ds, header),)

@@ -381,6 +381,7 @@ class _Elements:
             manufacturer=text(0x00080070),
             expected_instances=self._integer(0x00201209),
             issuer_is_default=not issuer,
+            calling_ae_title=calling,
             acquisition=Acquisition(
                 acquisition_number=self._integer(0x00200012),
                 temporal_position=self._integer(0x00200100),

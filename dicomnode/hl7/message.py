@@ -7,11 +7,12 @@ messages in the tests.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from dicomnode.core import placeholder
 from dicomnode.errors import MessageError
 from dicomnode.model import PatientKey
 
@@ -43,7 +44,10 @@ MAX_LO = 64  # characters of Patient ID and its issuer, PS3.5 Table 6.2-1
 MAX_CONTROL_ID = 199  # MSH-10, of version 2.7 on; 20 before
 # Events whose MRG-1 names who became one with PID-3. A39 and A46 are about PID-2 and MRG-4, A35,
 # A41, A42 about accounts and visits, A43 to A45 move one from patient to patient.
-MERGES = frozenset({"A18", "A34", "A36", "A40", "A47"})
+MERGES = frozenset({"A18", "A34", "A36", "A40"})
+# Puts one identifier right, and may be asked for: numbers of two patients that were exchanged are
+# put right by three of them, by way of a third number, and links would make both one patient.
+CHANGES = "A47"
 LINK, UNLINK = "A24", "A37"  # of two PID segments
 CONTROL = re.compile("[\x00-\x1f]")
 NULL = '""'  # HL7's "delete what is there"
@@ -71,6 +75,8 @@ class Identities:
     issuers: Mapping[str, str]  # assigning authority -> Issuer of Patient ID
     default_issuer: str  # where a message names no authority
     types: frozenset[str]  # CX.5 that are taken; "" where none is given
+    placeholders: Collection[str] = ()  # Patient IDs that stand for nobody
+    changes: bool = False  # whether A47 links
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +143,18 @@ def said(message: Message, identities: Identities) -> Said | None:
     MessageError
         If it should, and cannot be understood.
     """
-    if message.type != "ADT" or message.event not in MERGES | {LINK, UNLINK}:
+    if any(segment[0] == "MSH" for segment in message.segments[1:]):
+        # One answer cannot tell of both, and what the second merges is not the first one's event.
+        raise MessageError("several messages in one block")
+    events = MERGES | {LINK, UNLINK} | ({CHANGES} if identities.changes else set())
+    if message.type != "ADT" or message.event not in events:
         return None
     number = message.control_id
     if not number.isprintable() or not 0 < len(number) <= MAX_CONTROL_ID:
         raise MessageError("no usable MSH-10")
-    reader = _Reader(message.separators, identities)
     kind = Kind.UNLINK if message.event == UNLINK else Kind.LINK
+    # What was once linked may be taken back, whatever it is called.
+    reader = _Reader(message.separators, identities, kind is Kind.LINK)
     groups = _two_pid(message) if message.event in (LINK, UNLINK) else _pid_mrg(message)
     pairs: list[tuple[PatientKey, PatientKey]] = []
     for merged, into in groups:
@@ -245,15 +256,25 @@ def _pairs(
 class _Reader:
     separators: str
     identities: Identities
+    passes_over: bool  # placeholders
 
     def keys(self, name: str, field: str) -> list[PatientKey]:
-        """Return the patient keys of a field of type CX, those of types not taken left out."""
+        """Return the patient keys of a field of type CX, those of types not taken left out.
+
+        So are placeholders: "0" of one issuer says nothing against the others of a list.
+        """
         component, repetition = self.separators[1], self.separators[2]
         found = (self._key(text.split(component)) for text in field.split(repetition))
-        keys = list(dict.fromkeys(key for key in found if key is not None))
+        named = list(dict.fromkeys(key for key in found if key is not None))
+        keys = [key for key in named if not self._is_nobody(key)]
         if not keys:
-            raise MessageError(f"{name} names no patient")
+            what = "a placeholder, and no patient" if named else "no patient"
+            raise MessageError(f"{name} names {what}")
         return keys
+
+    def _is_nobody(self, key: PatientKey) -> bool:
+        placeholders = self.identities.placeholders
+        return self.passes_over and placeholder.is_placeholder(key.patient_id, placeholders)
 
     def _key(self, cx: Sequence[str]) -> PatientKey | None:
         id_, type_ = self._text(_at(cx, 0)), self._text(_at(cx, 4))

@@ -49,6 +49,8 @@ class HL7Listener:
             own.issuers,
             settings.node.default_issuer if default is None else default,
             frozenset(own.identifier_types),
+            settings.node.placeholder_ids,
+            own.changed_identifiers,
         )
         self._processing_ids = frozenset(own.processing_ids)
         self._networks = [

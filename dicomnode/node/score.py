@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -149,8 +149,10 @@ class ScoreStage:
         priors: store.AskPriors | None = None,
         held: Held | None = None,
         audit: AuditLog | None = None,
+        uncorrected: Collection[str] = (),
     ) -> None:
         self.audit = audit or AuditLog(None)
+        self.uncorrected = frozenset(uncorrected)  # AE titles that correct no patient
         self.spool, self.engine, self.scorer, self.held = spool, engine, scorer, held
         self.priors = priors
         self.keep_inputs = keep_inputs
@@ -304,6 +306,7 @@ class ScoreStage:
                     decoded.reason,
                     decoded.body_centre_mm,
                     frame.preview if score is not None else None,
+                    decoded.header.calling_ae_title not in self.uncorrected,
                 )
                 for (decoded, score), frame in zip(scored, frames, strict=True)
                 if decoded.reason is not Reason.BAD_UID  # a UID that is none names no Series

@@ -84,6 +84,7 @@ class Worker:
             priors=priors,
             held=self._held,
             audit=self._audit,
+            uncorrected=[peer.ae_title for peer in settings.node.peers if not peer.corrects],
         )
         asking = Asking(settings)
         self._assemble = AssembleStage(

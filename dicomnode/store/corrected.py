@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -16,32 +16,39 @@ WRONG_PATIENT = (
 )
 
 
-def correct_deliveries(session: Session, series_uids: Sequence[str], now: datetime) -> None:
+def correct_deliveries(session: Session, series_uids: Sequence[str], now: datetime) -> set[str]:
     """Take what was asked for about these Series along to the patient whose they are now.
 
     Reports are made anew. Images are sent as they came, and those that are held still name the
     former patient: what waits goes on waiting for others, and what was delivered is given up, so
-    that a person sees it. Either is asked for anew once the images come as they were corrected.
+    that a person sees it.
+
+    Returns
+    -------
+    set of str
+        Those whose images were ever asked for: to be asked for anew once they come corrected.
     """
     delivery = schema.Delivery
     rows = session.execute(
-        select(delivery.id, delivery.kind, delivery.state)
+        select(delivery.id, delivery.subject, delivery.kind, delivery.state)
         .where(
             delivery.subject.in_(series_uids),
-            or_(delivery.kind == DeliveryKind.REPORT, delivery.kind == DeliveryKind.FORWARD),
-            delivery.state.in_((DeliveryState.WAITING, DeliveryState.DONE)),
+            delivery.kind.in_((DeliveryKind.REPORT, DeliveryKind.FORWARD)),
         )
         .order_by(delivery.id)
         .with_for_update()
     ).all()
-    is_wrong = {
-        row.id: row.kind == DeliveryKind.FORWARD and row.state == DeliveryState.DONE for row in rows
-    }
+    open_ = [row for row in rows if row.state in (DeliveryState.WAITING, DeliveryState.DONE)]
+    wrong = [
+        row.id
+        for row in open_
+        if row.kind == DeliveryKind.FORWARD and row.state == DeliveryState.DONE
+    ]
     # What waits may be on its way this moment: under a new version, that settles nothing.
-    requeue_deliveries(session, now, [id_ for id_, wrong in is_wrong.items() if not wrong])
+    requeue_deliveries(session, now, [row.id for row in open_ if row.id not in wrong])
     session.execute(
         update(delivery)
-        .where(delivery.id.in_([id_ for id_, wrong in is_wrong.items() if wrong]))
+        .where(delivery.id.in_(wrong))
         .values(
             state=DeliveryState.FAILED,
             reason=WRONG_PATIENT,
@@ -49,3 +56,4 @@ def correct_deliveries(session: Session, series_uids: Sequence[str], now: dateti
             version=delivery.version + 1,
         )
     )
+    return {row.subject for row in rows if row.kind == DeliveryKind.FORWARD}

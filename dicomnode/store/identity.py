@@ -28,8 +28,16 @@ def hold_identity(session: Session, *, exclusive: bool = False) -> None:
     Taken by every transaction that asks for pairs, stores or drops their offsets: shared, so
     that these do not wait for each other. Whoever changes who is one patient takes it for
     itself, and so neither misses the pairs of a Series that is finished meanwhile nor leaves
-    some across a cut. It comes before every lock of a row, so that nobody who waits for it
-    holds what its holder wants. SQLite has one writer at a time, which is lock enough.
+    some across a cut. SQLite has one writer at a time, which is lock enough.
+
+    A transaction takes its locks in this order, and no lock of a kind that comes before one it
+    has, so that nobody who waits holds what the holder wants:
+
+    1. between slices and rejection notes, `hidden.lock_rejections`
+    2. this one; alone, where it may be needed alone: nobody who has it shared asks for more
+    3. rows of `series`, by UID; those of one Study that move along, under 2 held alone
+    4. the lock of one patient, `pairs.ask_offsets`
+    5. rows of `offset`, then of the outbox and of what peers are asked for
     """
     if session.get_bind().dialect.name == "postgresql":
         lock = func.pg_advisory_xact_lock if exclusive else func.pg_advisory_xact_lock_shared

@@ -20,12 +20,12 @@ from dicomnode.model import (
     SeriesState,
     SliceHeader,
 )
-from dicomnode.store.corrected import correct_deliveries
+from dicomnode.store import moves
 from dicomnode.store.coverage import store_coverage
 from dicomnode.store.fetches import AskPriors, ask_priors, expected_of
 from dicomnode.store.hidden import without_rejected
 from dicomnode.store.identity import hold_identity
-from dicomnode.store.pairs import ask_offsets
+from dicomnode.store.pairs import ask_offsets, drop_offsets
 from dicomnode.store.previews import keep_previews, take_previews
 from dicomnode.store.rows import (
     SLICES,
@@ -46,9 +46,6 @@ from dicomnode.store.values import Claimed, OpenSeries, SliceResult
 # (1.2 mm), another image by far more.
 SAME_SCORE = 0.15
 MAX_EXPECTED = 1_000_000  # Instances of one Series; a larger count is a damaged header
-
-# What a header says of the patient as such (PS3.3 C.7.1.1); DICOM keywords.
-PATIENT = {"PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"}
 
 # A slice with a score -> the texts of its header, DICOM keyword -> text.
 Describe = Callable[[SliceResult], Mapping[str, str]]
@@ -98,9 +95,9 @@ def record_slices(
     by_series: dict[str, list[SliceResult]] = {}
     for result in results:
         by_series.setdefault(result.header.series_uid, []).append(result)
-    _hold_identity(session, by_series)
+    alone = moves.hold(session, by_series)
     for series_uid in sorted(by_series):  # one order, so that two workers cannot deadlock
-        _record_series(session, model, by_series[series_uid], describe, new)
+        _record_series(session, model, by_series[series_uid], describe, new, alone)
     if priors is None:
         return
     # Last, and in one order: two workers that store Series of the same Studies would else wait
@@ -281,41 +278,10 @@ def finish_series(
     return ask_offsets(session, series, outcome.model)
 
 
-def _hold_identity(session: Session, by_series: Mapping[str, list[SliceResult]]) -> None:
-    """Lock who is one patient, before any row: exclusively where a Series changes its patient."""
-    if session.get_bind().dialect.name != "postgresql":
-        return
-    # Looked at under the lock, since another worker may have moved one just before. Postgres lets
-    # go of it with the savepoint: two that waited to exchange theirs would wait for each other.
-    shared = session.begin_nested()
-    hold_identity(session)
-    if not _any_moves(session, by_series):
-        shared.commit()
-        return
-    shared.rollback()
-    hold_identity(session, exclusive=True)
-
-
-def _any_moves(session: Session, by_series: Mapping[str, list[SliceResult]]) -> bool:
-    columns = schema.Series.series_uid, schema.Series.study_uid
-    query = select(*columns, schema.Series.patient_id, schema.Series.issuer)
-    known = session.execute(query.where(schema.Series.series_uid.in_(by_series)))
-    return any(_moves(row, _speaker(by_series[row.series_uid])) for row in known)
-
-
 def _speaker(results: Sequence[SliceResult]) -> SliceResult:
-    """Return the slice that says who the patient is: a sound one rather than a damaged one."""
-    return ([r for r in results if r.score is not None] or results)[-1]
-
-
-def _moves(known: Any, newest: SliceResult) -> bool:
-    """Whether a slice takes its Series, a row of it, to another patient or Study."""
-    header, patient = newest.header, newest.header.patient
-    return newest.score is not None and (
-        (known.patient_id, known.study_uid) != (patient.patient_id, header.study_uid)
-        # A sender that does not name the issuer does not take it away.
-        or (patient.issuer not in ("", known.issuer) and not header.issuer_is_default)
-    )
+    """Return the slice that says whose a new Series is: a sound one that names somebody."""
+    sound = [r for r in results if r.score is not None]
+    return ([r for r in sound if r.header.patient.known] or sound or results)[-1]
 
 
 def _record_series(
@@ -324,18 +290,19 @@ def _record_series(
     results: list[SliceResult],
     describe: Describe | None,
     new: dict[str, _New],
+    alone: bool,
 ) -> None:
-    newest = _speaker(results)
-    header, patient = newest.header, newest.header.patient
+    last = results[-1]
+    header = _speaker(results).header
     series, is_new = _series_for_update(session, header, results[0].arrived_at)
-    moved = _moves(series, newest)
-    sound = newest.score is not None
-    # Its own images say at last what it was moved to: all that was made of them is to be anew.
-    confirmed = sound and series.moved_along and not moved
-    if moved or confirmed:
+    heard = moves.hear(session, series, results, is_new=is_new, alone=alone)
+    speaker, moved = heard.speaker, heard.told is not None
+    # Its own images say at last what it was moved to: rules are to be asked anew, once all came.
+    confirmed = speaker is not None and series.moved_along and not moved
+    if confirmed:
         series.moved_along = False
-    if sound and (moved or series.header is None or series.state != SeriesState.OPEN):
-        _describe(series, newest, moved, describe)
+    if speaker and (moved or series.header is None or series.state != SeriesState.OPEN):
+        _describe(series, speaker, moved, describe)
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
         if not confirmed:
@@ -344,19 +311,8 @@ def _record_series(
             return
         reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
-        before = PatientKey(series.patient_id, series.issuer)
-        within_study = series.study_uid == header.study_uid
-        same = series.patient_id == patient.patient_id
-        series.issuer = patient.issuer or (series.issuer if same else "")
-        series.patient_id = patient.patient_id
-        series.study_uid, series.study_datetime = header.study_uid, header.study_datetime
-        # At once: they are between two patients, or within one study.
-        _drop_offsets(session, series.id)
-        if within_study:
-            _move_study(session, series, before, newest.arrived_at)
-    series.last_arrival_at = max(
-        series.last_arrival_at, *(r.arrived_at for r in results or [newest])
-    )
+        moves.move(session, series, heard)
+    series.last_arrival_at = max(series.last_arrival_at, *(r.arrived_at for r in results or [last]))
     for r in results:
         if 0 < (r.header.expected_instances or 0) < MAX_EXPECTED:
             series.expected = r.header.expected_instances
@@ -366,12 +322,12 @@ def _record_series(
     if (is_new or moved) and series.modality == "CT":
         key = PatientKey(series.patient_id, series.issuer)
         again = moved or (series.study_uid in new and new[series.study_uid][3])
-        new[series.study_uid] = (key, series.study_datetime, newest.arrived_at, again)
+        new[series.study_uid] = (key, series.study_datetime, last.arrived_at, again)
     scored = [_slice_values(series.id, model, r) for r in results if r.score is not None]
     refused = [_slice_values(series.id, model, r) for r in results if r.score is None]
     upsert(session, schema.Slice, scored)
     insert_new(session, schema.Slice, refused)  # a damaged copy takes no sound one's place
-    last_at = {r.association_id: r.arrived_at for r in results or [newest]}
+    last_at = {r.association_id: r.arrived_at for r in results or [last]}
     arrivals = [
         {"series_id": series.id, "association_id": a, "last_at": at, "ended": None}
         for a, at in last_at.items()
@@ -388,49 +344,12 @@ def _record_series(
 
 
 def _describe(
-    series: schema.Series, newest: SliceResult, moved: bool, describe: Describe | None
+    series: schema.Series, speaker: SliceResult, moved: bool, describe: Describe | None
 ) -> None:
     if describe is not None:
-        series.header = dict(describe(newest))
+        series.header = dict(describe(speaker))
     elif moved:  # rather none than that of another patient
         series.header = None
-
-
-def _move_study(session: Session, series: schema.Series, before: PatientKey, now: datetime) -> None:
-    """Take the other Series of a Study along to the patient that one of them was corrected to.
-
-    A Study has one patient (PS3.3 A.1.2), and an archive may send again what changed alone. Series
-    of yet another patient stay: they have the UID of the Study by mistake.
-    """
-    others = session.scalars(
-        select(schema.Series)
-        .where(
-            schema.Series.study_uid == series.study_uid,
-            schema.Series.id != series.id,
-            schema.Series.patient_id == before.patient_id,
-            schema.Series.issuer == before.issuer,
-        )
-        .order_by(schema.Series.id)
-        .options(undefer(schema.Series.header))
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).all()
-    for other in others:
-        other.patient_id, other.issuer = series.patient_id, series.issuer
-        other.moved_along = True
-        if other.header is not None:
-            # Else its objects would bear the name of one patient beside the ID of another.
-            kept = {k: v for k, v in other.header.items() if k not in PATIENT}
-            told = {k: v for k, v in (series.header or {}).items() if k in PATIENT}
-            other.header = {**kept, **told}
-        other.study_datetime = series.study_datetime
-        _drop_offsets(session, other.id)
-    session.flush()
-    correct_deliveries(session, [other.series_uid for other in others], now)
-    for other in others:
-        curve = session.get(schema.Curve, other.id)
-        if curve is not None and other.state == SeriesState.CURVE:
-            ask_offsets(session, other, curve.model)
 
 
 def _series_for_update(
@@ -612,15 +531,4 @@ def _parts(items: list[tuple[str, int]], size: int) -> list[list[tuple[str, int]
 def drop_curve(session: Session, series_id: int) -> None:
     """Drop the curve of a Series, and the offsets of its pairs."""
     session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
-    _drop_offsets(session, series_id)
-
-
-def _drop_offsets(session: Session, series_id: int) -> None:
-    session.execute(
-        delete(schema.Offset).where(
-            or_(
-                schema.Offset.fixed_series_id == series_id,
-                schema.Offset.moving_series_id == series_id,
-            )
-        )
-    )
+    drop_offsets(session, series_id)

@@ -200,6 +200,16 @@ def pending_offsets(session: Session, limit: int) -> list[PendingOffset]:
     return [PendingOffset(i, Method(m), f, v, fr, vr) for i, m, f, v, fr, vr in rows]
 
 
+def drop_offsets(session: Session, series_id: int) -> None:
+    """Drop the offsets of all pairs of a Series."""
+    offsets = schema.Offset
+    session.execute(
+        delete(offsets).where(
+            or_(offsets.fixed_series_id == series_id, offsets.moving_series_id == series_id)
+        )
+    )
+
+
 def store_offsets(
     session: Session, found: Sequence[tuple[PendingOffset, Offset, float]], now: datetime
 ) -> None:

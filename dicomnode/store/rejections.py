@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from db import schema
 from dicomnode.model import Reason, Rejection, SeriesState
 from dicomnode.store.hidden import lock_rejections, rejected_of
+from dicomnode.store.identity import hold_identity
 from dicomnode.store.intake import drop_curve, frame_of_key, reopen
 from dicomnode.store.rows import instances
 from dicomnode.store.session import insert_new, upsert
@@ -32,6 +33,9 @@ def record_rejection(
     What is not here yet is hidden when it comes: see `hidden.without_rejected`.
     """
     lock_rejections(session, notes=True)
+    # Alone, since slices of the same transaction may move a Series to another patient: two that
+    # hold it shared and both want it alone would wait for each other.
+    hold_identity(session, exclusive=True)
     rows = [
         {
             "sop_instance_uid": uid,

@@ -28,6 +28,7 @@ class SliceResult:
     reason: Reason | None = None
     body_centre_mm: tuple[float, float] | None = None
     preview: bytes | None = None  # the input, packed, where it is to be kept
+    corrects: bool = True  # whether its sender may say that its Series is another patient's
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,7 +300,7 @@ def outcome(data: bytes) -> str:
         ds = dataset.read(BytesIO(data))
         calling = dataset.calling_ae_title(ds)
         issuer = ISSUERS.get(calling) or ISSUERS[""]
-        header = dataset.header_of(ds, default_issuer=issuer)
+        header = dataset.header_of(ds, calling_ae_title=calling, default_issuer=issuer)
     except DicomError as exc:
         raise Broke(f"the scanner claims what cannot be read: {exc}") from exc
     if header != scanned.header:

@@ -165,6 +165,14 @@ def test_a_study_that_moves_takes_along_what_was_asked_for_its_other_series(node
     versions = {uid: d.version for uid, d in by_subject(node).items()}
     node.receive(*few(OTHER, **study, **RIGHT), association="c" * 16)  # and nothing new
     assert {uid: d.version for uid, d in by_subject(node).items()} == versions
+    for uid in versions:  # all at once, a second time
+        settle(node, uid, DeliveryState.DONE)
+    third = {"PatientID": "CANARY-THIRD"}
+    node.receive(
+        *(ds for uid in versions for ds in few(uid, **study, **third)), association="d" * 16
+    )
+    for uid in versions:
+        assert patients(make(node, uid)) == [third["PatientID"]] * SLICES
 
 
 @on_sqlite

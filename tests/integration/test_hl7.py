@@ -152,21 +152,25 @@ def test_a_merge_that_comes_before_any_image_is_remembered(node, listener):
 
 @on_sqlite
 def test_what_does_not_concern_us_is_accepted_and_counted(node, listener):
-    assert send(listener, a40(event="A08"), a40(event="A01")) == ["AA", "AA"]
-    assert listener.counts == {"ignored": 2}
+    events = ["A08", "A01", "A47"]
+    assert send(listener, *(a40(event=event) for event in events)) == ["AA"] * 3
+    assert listener.counts == {"ignored": 3}
     assert links(node) == []
 
 
 @on_sqlite
 def test_what_cannot_be_understood_is_rejected(node, listener, tmp_path):
     training = a40(control_id="M3").replace("|P|2.5.1", "|T|2.5.1")
-    assert send(listener, a40(into=""), "PID|||1", training) == ["AR"] * 3
-    assert listener.counts == {"refused": 3}
+    wrong = [a40(into=""), "PID|||1", training, a40("UNKNOWN"), a40() + a40(control_id="M2")]
+    assert send(listener, *wrong) == ["AR"] * 5
+    assert listener.counts == {"refused": 5}
     assert links(node) == []
     assert [line["reason"] for line in audited(tmp_path)] == [
         "PID-3 names no patient",
         "no MSH segment",
         "processing ID (MSH-11) is not taken",
+        "MRG-1 names a placeholder, and no patient",
+        "several messages in one block",
     ]
     assert send(listener, a40()) == ["AA"]  # it goes on
 
@@ -228,7 +232,7 @@ def test_messages_come_in_pieces_and_several_at_once(node, listener):
         for k in range(0, len(whole), 7):
             connection.sendall(whole[k : k + 7])
         assert code_of(receive(connection)) == "AA"
-        more = [VT + a40(str(k), control_id=f"N{k}").encode() + FS + CR for k in range(20)]
+        more = [VT + a40(f"P{k}", control_id=f"N{k}").encode() + FS + CR for k in range(20)]
         connection.sendall(b"".join(more))
         answers = b""
         while answers.count(FS) < 20:
@@ -316,7 +320,7 @@ def test_many_senders_at_once_are_each_answered(node, listener):
     codes: list[str] = []
 
     def one(n: int) -> None:
-        codes.extend(send(listener, *(a40(f"{n}", f"{k}", f"{n}-{k}") for k in range(100, 104))))
+        codes.extend(send(listener, *(a40(f"P{n}", f"P{k}", f"{n}-{k}") for k in range(100, 104))))
 
     threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
     for thread in threads:
@@ -357,7 +361,7 @@ def test_a_sender_shows_its_certificate_where_tls_is_on(node, tmp_path):
             with socket.create_connection(where, 5) as plain:
                 with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
                     for k in range(3):
-                        text = a40(f"{k}", control_id=f"{k}")
+                        text = a40(f"P{k}", control_id=f"{k}")
                         connection.sendall(VT + text.encode() + FS + CR)
                         assert code_of(receive(connection)) == "AA"
     assert len(links(node)) == 3

@@ -31,7 +31,16 @@ from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.core.admission import REJECTIONS
 from dicomnode.core.preprocess import PreprocessSpec
-from dicomnode.model import Evidence, Method, Reason, Rejection, ScoreCurve, SeriesState
+from dicomnode.errors import StoreUnavailable
+from dicomnode.model import (
+    Evidence,
+    Method,
+    PatientKey,
+    Reason,
+    Rejection,
+    ScoreCurve,
+    SeriesState,
+)
 from dicomnode.node.align import AlignStage
 from dicomnode.node.assemble import AssembleStage
 from dicomnode.node.receive import Receiver
@@ -42,6 +51,18 @@ from dicomnode.weights import Bundle
 from tests.dicom import PATIENT_ID, enhanced_ct, leaks, part10
 from tests.e2e.conftest import association, dcmsend, need, run, storescu
 from tests.integration.test_stages import brightness_bundle, ct_slice
+from tests.integration.test_store import (
+    EARLIER,
+    LATER,
+    MODEL,
+    add_curve,
+    finish,
+    manifest,
+    record,
+    series_of,
+    sop_uid,
+)
+from tests.integration.test_store import scan as stack
 
 SERIES, PRIOR = "1.2.7", "1.2.8"
 LEVELS = range(18)
@@ -569,12 +590,7 @@ def test_a_slice_and_its_note_in_two_workers_at_once_do_not_miss_each_other(node
     with store.writing(node.engine) as session:
         record(session, first)
         other.start()
-        waits = text("select count(*) from pg_locks where locktype = 'advisory' and not granted")
-        deadline = time.monotonic() + 30
-        with node.engine.connect() as connection:
-            while not connection.scalar(waits):
-                assert time.monotonic() < deadline, "it does not wait"
-                connection.rollback()
+        wait_for_one_that_waits(node.engine)
     other.join(30)
     assert not other.is_alive()
     with store.reading(node.engine) as session:
@@ -582,6 +598,48 @@ def test_a_slice_and_its_note_in_two_workers_at_once_do_not_miss_each_other(node
     assert opened is not None
     assert len(opened.slices) == 17
     assert list(opened.set_aside.items()) == [((slices[0].SOPInstanceUID, 1), Reason.REJECTED)]
+
+
+@on_postgres
+def test_a_note_and_a_correction_of_one_batch_beside_a_series_that_is_finished(engine):
+    """The batch has the rows of the note before it wants to be alone with who is one patient."""
+    with store.writing(engine) as session:
+        store.record_model(session, MODEL, manifest(), datetime.now(UTC))
+    add_curve(engine, "1.3.1", study_datetime=EARLIER)
+    add_curve(engine, "1.5.1", patient=PatientKey("Y", "HOSPITAL"))
+    record(engine, stack("1.4.1", study_datetime=LATER))
+    rejection = Rejection(
+        "1.9", "1.3.1.0", "113001", frozenset({sop_uid("1.3.1", 0)}),
+        frozenset({"1.3.1.0"}), frozenset({"1.3.1"}),
+    )  # fmt: skip
+    failed: list[Exception] = []
+
+    def beside() -> None:
+        try:
+            finish(engine, "1.4.1")
+        except StoreUnavailable as exc:
+            failed.append(exc)
+
+    other = threading.Thread(target=beside)
+    with store.writing(engine) as session:
+        store.record_rejection(session, rejection, "2" * 16, datetime.now(UTC))
+        other.start()
+        wait_for_one_that_waits(engine)
+        store.record_slices(session, MODEL, stack("1.5.1", patient=PatientKey("Z", "HOSPITAL")))
+    other.join(30)
+    assert not other.is_alive()
+    assert not failed
+    assert series_of(engine, "1.5.1").patient.patient_id == "Z"
+
+
+def wait_for_one_that_waits(engine: Engine) -> None:
+    """Return once a transaction waits for a lock."""
+    waits = text("select count(*) from pg_locks where not granted")
+    deadline = time.monotonic() + 30
+    with engine.connect() as connection:
+        while not connection.scalar(waits):
+            assert time.monotonic() < deadline, "it does not wait"
+            connection.rollback()
 
 
 # Who may send

@@ -199,14 +199,28 @@ def test_a_corrected_name_is_taken_from_what_is_sent_again(node):
 def test_a_series_that_moves_to_another_patient_takes_that_header(node):
     node.take(*slices())
     other = {"PatientID": "CANARY-2", "PatientName": "CANARY^SECOND", "StudyID": "S2"}
-    node.take(*slices(range(12, 16), **other))  # while it is open
+    node.take(*slices(range(16), **other))  # while it is open
     assert node.header() == {**KEPT, **other}
     node.finish()
     third = {**other, "PatientID": "CANARY-3", "PatientName": "CANARY^THIRD"}
     node.take(*slices(range(3), **third))  # and finished
+    assert node.header() == {**KEPT, **other}  # a few may be copies of then
+    node.take(*slices(range(3, 9), **third))
     assert node.header() == {**KEPT, **third}
     node.finish()
     assert (node.known().source.patient_name, node.known().revision) == ("CANARY^THIRD", 2)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_peer_that_corrects_nobody_is_known_by_its_title(node):
+    node.stage.uncorrected = frozenset({"VNA"})
+    node.take(*slices())
+    for sender, patient_id in (("VNA", KEPT["PatientID"]), ("PACS", "CANARY-2")):
+        again = slices(PatientID="CANARY-2")
+        for ds in again:
+            ds.file_meta.SourceApplicationEntityTitle = sender
+        node.take(*again)
+        assert (node.header() or {})["PatientID"] == patient_id
 
 
 def test_a_slice_that_nobody_describes_leaves_no_header_of_another_patient(engine):

@@ -1044,7 +1044,7 @@ def test_no_offset_between_two_patients_is_answered(node):
     add_curve(node, PRIOR, study_datetime=EARLIER)
     add_curve(node, FOLLOW_UP, study_datetime=LATER)
     settle(node)
-    record(node, [scored(FOLLOW_UP, 0, patient=PatientKey("P2"), study_datetime=LATER)])
+    record(node, scan(FOLLOW_UP, 7, patient=PatientKey("P2"), study_datetime=LATER))
     assert series_of(node, FOLLOW_UP).patient == PatientKey("P2")
     with store.reading(node) as session:
         assert store.offsets_of(session) == []
@@ -1054,7 +1054,7 @@ def test_a_corrected_study_unpairs_series_of_one_study(node):
     add_curve(node, PRIOR, study_uid="1.3.0", study_datetime=EARLIER)
     add_curve(node, FOLLOW_UP, study_datetime=LATER)
     assert pairs(node) == {(FOLLOW_UP, PRIOR)}
-    record(node, [scored(FOLLOW_UP, 0, study_uid="1.3.0", study_datetime=EARLIER)])
+    record(node, scan(FOLLOW_UP, study_uid="1.3.0", study_datetime=EARLIER))
     assert finish(node, FOLLOW_UP) == 0
     assert pairs(node) == set()
 

@@ -59,7 +59,15 @@ T0 = datetime(2026, 1, 5, 8, 0, tzinfo=UTC)
 SLICES = 8  # the fewest of which a curve is made
 # How often each is done; a link is taken back as often as one is made, once there are some, so
 # that patients stay small: what is asked for is in the square of their Studies.
-ACTS = {"arrive": 8, "merge": 12, "unmerge": 5, "correct": 2, "late slice": 1, "align": 2}
+ACTS = {
+    "arrive": 8,
+    "merge": 12,
+    "unmerge": 5,
+    "correct": 2,
+    "stale copy": 1,
+    "late slice": 1,
+    "align": 2,
+}
 LINKS_PER_PATIENT = 0.45
 
 
@@ -208,7 +216,9 @@ class World:
         self.engine, self.patients = engine, patients
         self.random = random.Random(seed)
         self.name = f"1.2.{1 + self.random.randrange(1 << 40)}"  # of what this one makes
-        self.studies: list[tuple[str, PatientKey, datetime, list[str]]] = []
+        self.studies: list[tuple[str, datetime, list[str]]] = []
+        self.keys: dict[str, PatientKey] = {}  # Series -> whose it is by what was sent
+        self.former: dict[str, set[PatientKey]] = {}  # and whose it was before
         self.links: dict[int, tuple[PatientKey, PatientKey]] = {}
         self.slices: Counter[str] = Counter()
         self.result = Result()
@@ -244,25 +254,34 @@ class World:
         key, series = self.key(), [f"{study}.{k}" for k in range(1, r.choice((2, 2, 3)))]
         for uid in series:
             self._store(uid, study, key, when)
-        self.studies.append((study, key, when, series))
+            self.keys[uid], self.former[uid] = key, set()
+        self.studies.append((study, when, series))
 
     def correct(self) -> None:
         """A Study comes again under another patient: all of it, or one Series."""
         if not self.studies:
             return
-        place = self.random.randrange(len(self.studies))
-        study, _, when, series = self.studies[place]
-        key = self.key()
+        study, when, series = self.random.choice(self.studies)
+        key = self._another(series[0])
         for uid in series if self.random.random() < 0.5 else series[:1]:
             self._store(uid, study, key, when)
-        self.studies[place] = (study, key, when, series)
+            self._corrected(uid, series, key)
+
+    def stale_copy(self) -> None:
+        """Less than half of a Series comes again under another patient."""
+        if self.studies:
+            study, when, series = self.random.choice(self.studies)
+            uid = self.random.choice(series)
+            results = [_slice(uid, study, self._another(uid), when, k) for k in range(SLICES // 2)]
+            with store.writing(self.engine) as session:
+                store.record_slices(session, MODEL, results[: self.random.randrange(1, 5)])
 
     def late_slice(self) -> None:
         """A slice more of a finished Series."""
         if self.studies:
-            study, key, when, series = self.random.choice(self.studies)
+            study, when, series = self.random.choice(self.studies)
             uid = self.random.choice(series)
-            self._store(uid, study, key, when, self.slices[uid] + 1)
+            self._store(uid, study, self.keys[uid], when, self.slices[uid] + 1)
 
     def merge(self) -> None:
         """A link between two patients, by either source."""
@@ -297,9 +316,27 @@ class World:
     def truth(self) -> Truth:
         """What it should have come to, by what was done alone; of a world that was alone."""
         curves: list[tuple[str, str, datetime | None, PatientKey]] = [
-            (uid, study, when, key) for study, key, when, series in self.studies for uid in series
+            (uid, study, when, self.keys[uid])
+            for study, when, series in self.studies
+            for uid in series
         ]
         return made(list(self.links.values()), curves)
+
+    def _another(self, uid: str) -> PatientKey:
+        """Return the key of a patient, now and then one that the Series had before."""
+        former = sorted(self.former[uid], key=str)
+        return self.random.choice(former) if former and self.random.random() < 0.3 else self.key()
+
+    def _corrected(self, uid: str, series: list[str], key: PatientKey) -> None:
+        """Note that a Series came again under a key, and which others go along."""
+        before = self.keys[uid]
+        if not key.known or key == before:
+            return
+        for other in series:
+            along = self.keys[other] == before and key not in self.former[other]
+            if other == uid or along:
+                self.former[other] = (self.former[other] | {before}) - {key}
+                self.keys[other] = key
 
     def _store(
         self, uid: str, study: str, key: PatientKey, when: datetime, count: int | None = None

@@ -1,5 +1,6 @@
 """HL7 messages: what is read of them, what is answered, and that nothing stops the reading."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dicomnode.core import placeholder
 from dicomnode.errors import MessageError
 from dicomnode.hl7 import message as messages
 from dicomnode.hl7 import mllp
@@ -16,7 +18,12 @@ from dicomnode.hl7.mllp import FS, MAX_BYTES, VT, Blocks, NotMLLP, TooLong
 from dicomnode.model import PatientKey
 
 NOW = datetime(2026, 5, 1, 12, 30, tzinfo=UTC)
-RULES = Identities({"ADT1": "HOSPITAL", "1.2.9": "LAB"}, "HOME", frozenset({"", "MR", "PI"}))
+RULES = Identities(
+    {"ADT1": "HOSPITAL", "1.2.9": "LAB"},
+    "HOME",
+    frozenset({"", "MR", "PI"}),
+    placeholder.COMMON,
+)
 HEAD = "MSH|^~\\&|ADT|KIS|NODE|RAD|20260501123000||ADT^A40^ADT_A39|M1|P|2.5.1"
 A, B = PatientKey("A", "HOSPITAL"), PatientKey("B", "HOSPITAL")
 
@@ -39,15 +46,58 @@ def test_a_merge_names_who_was_merged_into_whom():
     assert read(a40()) == Said(Kind.LINK, ((A, B),))
 
 
-@pytest.mark.parametrize("event", ["A18", "A34", "A36", "A40", "A47"])
+@pytest.mark.parametrize("event", ["A18", "A34", "A36", "A40"])
 def test_each_event_that_merges_by_mrg_is_read(event):
     assert pairs(a40(head=HEAD.replace("A40^ADT_A39", event))) == ((A, B),)
 
 
-@pytest.mark.parametrize("event", ["A08", "A31", "A39", "A43", "A46", "A01", ""])
+@pytest.mark.parametrize("event", ["A08", "A31", "A39", "A43", "A46", "A47", "A01", ""])
 def test_other_events_say_nothing(event):
     data = a40(head=HEAD.replace("^A40^ADT_A39", f"^{event}")).replace(b"EVN|A40", b"EVN|")
     assert read(data) is None
+
+
+def test_an_identifier_that_was_changed_links_where_that_was_asked_for():
+    """Two patients whose numbers were exchanged: three A47 would make them one."""
+    data = a40(head=HEAD.replace("A40^ADT_A39", "A47"))
+    assert read(data) is None
+    found = read(data, replace(RULES, changes=True))
+    assert found is not None and found.pairs == ((A, B),)
+
+
+@pytest.mark.parametrize(
+    "id_", ["UNKNOWN", "unknown", "0", "000000", "N/A", "n.a.", "No ID", "---", "?", "_", "Unk."]
+)
+def test_a_placeholder_is_never_linked(id_):
+    """One link would make all who ever had it one patient."""
+    for name, data in (("MRG-1", a40(mrg=f"{id_}^^^ADT1")), ("PID-3", a40(pid=f"{id_}^^^ADT1"))):
+        with pytest.raises(MessageError, match=f"{name} names a placeholder"):
+            read(data)
+    # In a list it says nothing against the others.
+    assert pairs(a40(mrg=f"{id_}^^^LAB~A^^^ADT1", pid=f"B^^^ADT1~{id_}^^^LAB")) == ((A, B),)
+    # What was linked before may be taken back.
+    head = HEAD.replace("A40^ADT_A39", "A37")
+    back = read(f"{head}\rEVN|A37\rPID|||{id_}^^^ADT1\rPID|||B^^^ADT1\r".encode())
+    assert back is not None and back.pairs == ((B, PatientKey(id_, "HOSPITAL")),)
+
+
+@pytest.mark.parametrize("id_", ["10", "00A", "UNKNOWN1", "TEST-7", "NA2", "9"])
+def test_a_number_of_somebody_is_no_placeholder(id_):
+    assert pairs(a40(mrg=f"{id_}^^^ADT1")) == ((PatientKey(id_, "HOSPITAL"), B),)
+
+
+def test_a_house_names_its_own_placeholders():
+    rules = replace(RULES, placeholders=("Zufalls-ID",))
+    with pytest.raises(MessageError, match="placeholder"):
+        read(a40(mrg="ZUFALLSID^^^ADT1"), rules)
+
+
+@pytest.mark.parametrize("event", ["A40", "A08"])
+def test_two_messages_in_one_block_are_refused(event):
+    """One answer cannot tell of both, and whoever sent them takes the second for done."""
+    first = a40(head=HEAD.replace("A40^ADT_A39", event))
+    with pytest.raises(MessageError, match="several messages"):
+        read(first + a40("C^^^ADT1", "D^^^ADT1", HEAD.replace("M1", "M2")))
 
 
 def test_other_messages_say_nothing():

@@ -1,4 +1,4 @@
-"""Links between patient keys."""
+"""Links between patient keys, and whose a Series was taken for."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -37,3 +37,5 @@ def upgrade() -> None:
         sa.Column("taken_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("digest", name="pk_patient_message"),
     )
+    op.add_column("series", sa.Column("dissent", sa.JSON(), nullable=True))
+    op.add_column("series", sa.Column("former", sa.JSON(), nullable=True))
