@@ -93,6 +93,7 @@ from dicomnode.store.outbox import (
     next_delivery_at,
     requeue_deliveries,
     settle_delivery,
+    still_waits,
     waiting_for,
 )
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
@@ -291,6 +292,7 @@ __all__ = [
     "stale_series",
     "state_of",
     "statement_of",
+    "still_waits",
     "store_offsets",
     "studies_of",
     "take_message",

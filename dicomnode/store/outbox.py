@@ -118,6 +118,13 @@ def claim_deliveries(
     return taken
 
 
+def still_waits(session: Session, delivery: Delivery) -> bool:
+    """Whether what was taken is still to be sent: neither dropped nor asked for anew meanwhile."""
+    waits = schema.Delivery.state == DeliveryState.WAITING
+    query = select(schema.Delivery.id).where(any_of([delivery]), waits)
+    return session.scalar(query) is not None
+
+
 def hold_deliveries(session: Session, deliveries: Sequence[Delivery], due_at: datetime) -> None:
     """Keep what was taken hidden from others for longer; what was asked for anew is not ours."""
     session.execute(
@@ -143,7 +150,9 @@ def settle_delivery(
     sop_class_uid: str | None = None,
     sop_instance_uid: str | None = None,
 ) -> bool:
-    """Note how an attempt went; False where it was asked for anew meanwhile, and waits for that.
+    """Note how an attempt went; False where it was asked for anew or dropped meanwhile.
+
+    What was given up meanwhile, and arrived all the same, did arrive.
 
     `due_at` is the time of the next attempt, where the state is `WAITING`; `attempts` sets their
     number back, where this was none. `commitment_due_at` is when the peer is to be asked for its
@@ -156,6 +165,9 @@ def settle_delivery(
         "due_at": due_at or now,
         "done_at": now if state is DeliveryState.DONE else None,
     }
+    replaced = [DeliveryState.WAITING]
+    if state is DeliveryState.DONE:
+        replaced.append(DeliveryState.FAILED)
     if attempts is not None:
         values["attempts"] = attempts
     if commitment_due_at is not None:
@@ -164,7 +176,7 @@ def settle_delivery(
         values |= {"sop_class_uid": sop_class_uid, "sop_instance_uid": sop_instance_uid}
     found = session.execute(
         update(schema.Delivery)
-        .where(any_of([delivery]))
+        .where(any_of([delivery]), schema.Delivery.state.in_(replaced))
         .values(values)
         .returning(schema.Delivery.id)
     )

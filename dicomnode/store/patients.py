@@ -227,7 +227,12 @@ def _drop_deliveries(
         session.execute(
             update(rows)
             .where(about, rows.state == DeliveryState.WAITING)
-            .values(state=DeliveryState.DROPPED, reason=UNLINKED, done_at=now)
+            .values(
+                state=DeliveryState.DROPPED,
+                reason=UNLINKED,
+                due_at=now,
+                version=rows.version + 1,  # what is being sent at this moment settles nothing
+            )
             .execution_options(synchronize_session=False)
         )
         sent = about, rows.state == DeliveryState.DONE, rows.kind == DeliveryKind.REGISTRATION

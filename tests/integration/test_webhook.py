@@ -19,7 +19,8 @@ from dicomnode import log, store
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError
 from dicomnode.model import DeliveryState
-from dicomnode.node.deliver import Deliver, ToWebhook
+from dicomnode.node.deliver import Deliver
+from dicomnode.node.to_webhook import ToWebhook
 from dicomnode.outgoing import webhook
 from tests.deliveries import (
     FIXED,
