@@ -354,6 +354,8 @@ class Delivery(Base):
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int]  # since it was last asked for
     asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    # When an attempt failed first since then: what waits while this node is down is not late.
+    failed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     due_at: Mapped[datetime] = mapped_column(UTCDateTime)
     done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     reason: Mapped[str | None] = mapped_column(Text)  # of the last failure; no patient attribute

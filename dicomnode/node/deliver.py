@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 BATCH = 20  # deliveries taken at a time
 # A peer that is down is tried again so often at least, for all that waits for it.
 LONGEST_PAUSE = timedelta(minutes=10)
+SET_BACK = timedelta(minutes=1)  # less than that is a clock that is held to time
+# Beyond the longest wait: 6 hours and a quarter, for what a peer lost again and again.
+FARTHEST = timedelta(hours=8)
 STRAYS = timedelta(minutes=1)  # between looks for what is configured no more
 
 
@@ -71,14 +74,20 @@ class Deliver:
         self.name = f"deliver {shown(destination)}"
         self.work = Work(settings, engine, destination, clock, luck)
         self._courier = courier
+        self._farthest = FARTHEST + timedelta(seconds=settings.deliver.settle_seconds)
         self._failures = 0  # one after the other
-        self._paused_until: datetime | None = None
+        self._pause_between: tuple[datetime, datetime] | None = None
+        self._seen: datetime | None = None  # the time, at the last step
         self._told = Seldom()
 
     def step(self, now: datetime) -> int:
         """Deliver some of what is due, and return how much that was."""
-        if self._paused_until is not None and now < self._paused_until:
-            return 0
+        if self._is_set_back(now):
+            self._pull_back(now, now)
+        if self._pause_between is not None:
+            start, end = self._pause_between
+            if start <= now < end:  # before: the clock was set back since
+                return 0
         try:
             return self._step(now)
         except StoreUnavailable:
@@ -87,10 +96,25 @@ class Deliver:
             self._pause(exc)
             return 1
 
+    def _is_set_back(self, now: datetime) -> bool:
+        seen, self._seen = self._seen, now
+        return seen is not None and now < seen - SET_BACK
+
+    def _pull_back(self, now: datetime, after: datetime) -> int:
+        work = self.work
+        with store.writing(work.engine) as session:
+            pulled = store.pull_back(session, work.destination, now, after)
+        if pulled:
+            extra = {"destination": shown(work.destination), "deliveries": pulled}
+            logger.warning("clock set back", extra=extra)
+        return pulled
+
     def _step(self, now: datetime) -> int:
         work = self.work
         with store.reading(work.engine) as session:
             due_at = store.next_delivery_at(session, work.destination)
+        if due_at is not None and due_at > now + self._farthest:
+            return self._pull_back(now, now + self._farthest)
         if due_at is None or due_at > now:
             return self._courier.after(work, now)
         with store.writing(work.engine) as session:
@@ -105,12 +129,15 @@ class Deliver:
             except (TransientError, ConfigError) as exc:  # a certificate, or a key, is missing
                 if work.delivered:
                     self._failures = 0
-                work.leave(self._pause_after(exc), str(exc))
+                if work.leave(self._pause_after(exc), str(exc)) and not work.delivered:
+                    # Nor would what is due behind it have come through.
+                    with store.writing(work.engine) as session:
+                        store.note_unreached(session, work.destination, work.clock(), str(exc))
                 raise
             except Exception as exc:  # must not stop what is behind it
                 work.fail_all(exc)
                 return len(taken)
-        self._failures, self._paused_until = 0, None
+        self._failures, self._pause_between = 0, None
         return len(taken)
 
     def _pause_after(self, exc: Exception) -> timedelta:
@@ -120,7 +147,7 @@ class Deliver:
 
     def _pause(self, exc: Exception) -> None:
         now = self.work.clock()
-        self._paused_until = now + self._pause_after(exc)
+        self._pause_between = now, now + self._pause_after(exc)
         self._failures += 1
         where = {"destination": shown(self.work.destination), "reason": str(exc)}
         if times := self._told.due(str(exc)):
@@ -132,7 +159,8 @@ class Deliver:
                     self.work.destination,
                     now,
                     str(exc),
-                    asked_before=now - self.work.give_up,
+                    failed_before=now - self.work.give_up,
+                    attempts=LEAST_ATTEMPTS,
                 )
             if failed:
                 logger.error("deliveries given up", extra={**where, "deliveries": failed})
@@ -150,7 +178,7 @@ class Strays:
 
     def step(self, now: datetime) -> int:
         """Look once a minute, and return how much was given up."""
-        if self._looked_at is not None and now - self._looked_at < STRAYS:
+        if self._looked_at is not None and abs(now - self._looked_at) < STRAYS:
             return 0
         self._looked_at = now
         with store.reading(self._engine) as session:

@@ -44,6 +44,14 @@ def shown(destination: str) -> str:
     return webhook.host_of(destination) if "://" in destination else destination
 
 
+def first_failure(delivery: store.Delivery, now: datetime) -> datetime:
+    """Return since when a delivery fails, if it fails now.
+
+    Not since it was asked for: this node may have been down since, and the peer not once.
+    """
+    return min(delivery.failed_at or now, now)  # the clock may have been set back
+
+
 class Work:
     """What was taken for one destination, and how to settle it."""
 
@@ -160,11 +168,12 @@ class Work:
     def retry(self, delivery: store.Delivery, reason: str, after_s: float = 0.0) -> None:
         """Note that an attempt failed; the next one is later and later, until it is given up."""
         now = self.clock()
-        if delivery.attempts + 1 >= LEAST_ATTEMPTS and now - delivery.asked_at >= self.give_up:
-            self.settle(delivery, DeliveryState.FAILED, reason=reason)
+        since = first_failure(delivery, now)
+        if delivery.attempts + 1 >= LEAST_ATTEMPTS and now - since >= self.give_up:
+            self.settle(delivery, DeliveryState.FAILED, failed_at=since, reason=reason)
             return
         wait = max(backoff(delivery.attempts, self.luck()), timedelta(seconds=after_s))
-        self.settle(delivery, DeliveryState.WAITING, due_at=now + wait, reason=reason)
+        self._wait(delivery, now, wait, reason)
 
     def failed(self, delivery: store.Delivery, exc: Exception) -> None:
         """Note that an attempt failed for a reason that nobody foresaw; the others go on."""
@@ -186,11 +195,23 @@ class Work:
             reason=delivery.reason,
         )
 
-    def leave(self, wait: timedelta, reason: str | None = None) -> None:
-        """Let go of all that is not settled yet, for so long; with a reason it was an attempt."""
-        for delivery in list(self._open.values()):
+    def leave(self, wait: timedelta, reason: str | None = None) -> int:
+        """Let go of all that is not settled yet, for so long; with a reason it was an attempt.
+
+        Returns
+        -------
+        int
+            How many that were.
+        """
+        left = list(self._open.values())
+        for delivery in left:
             if reason is None:
                 self.postpone(delivery, wait)
             else:
-                due_at = self.clock() + wait
-                self.settle(delivery, DeliveryState.WAITING, due_at=due_at, reason=reason)
+                self._wait(delivery, self.clock(), wait, reason)
+        return len(left)
+
+    def _wait(self, delivery: store.Delivery, now: datetime, wait: timedelta, reason: str) -> None:
+        since = first_failure(delivery, now)
+        due_at = now + wait
+        self.settle(delivery, DeliveryState.WAITING, due_at=due_at, failed_at=since, reason=reason)

@@ -29,7 +29,7 @@ from tests.deliveries import (
     to_peer,
     with_bundle,
 )
-from tests.integration.test_outbox import LEASE, REPORT, ask, claim, listed, settle
+from tests.integration.test_outbox import LEASE, NOON, REPORT, ask, claim, listed, settle
 from tests.peers import Archive, archive
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -311,3 +311,81 @@ def test_an_object_that_needs_another_context_gets_another_association(
         to_peer(settings, node, clock).step(clock.now)
         assert len(pacs.uids) == 3 and pacs.associations == 2
     assert {d.state for d in every(node)} == {DeliveryState.DONE}
+
+
+# This node, and its clock
+
+
+@on_sqlite
+@pytest.mark.parametrize("count", [3, 50])
+def test_what_waited_while_this_node_was_down_is_not_late(
+    node, tmp_path, clock, monkeypatch, count
+):
+    with archive(CTImageStorage) as pacs:
+        settings = settings_for(pacs.port, tmp_path, give_up_hours=1)
+        series_for(node, clock, monkeypatch, *([image] for image in images(count)))
+        clock.pass_(hours=96)
+        pacs.stop()
+        service = to_peer(settings, node, clock)
+        start = clock.now
+        while {d.state for d in every(node)} == {DeliveryState.WAITING}:
+            service.step(clock.pass_(seconds=30))
+        # All of them, and each was tried, though a step takes but a part of them.
+        assert {d.state for d in every(node)} == {DeliveryState.FAILED}
+        assert all(d.attempts >= 5 for d in every(node))
+        assert timedelta(hours=1) <= clock.now - start < timedelta(hours=1.5)
+
+
+@on_sqlite
+def test_what_was_asked_for_late_while_a_peer_is_down_has_its_time(node, tmp_path, clock):
+    settings = settings_for(1, tmp_path, give_up_hours=1)
+    service = to_peer(settings, node, clock)
+    with store.writing(node) as session:
+        store.ask_deliveries(session, [replace(REPORT, subject=FIXED)], clock.now, clock.now)
+    for _ in range(110):
+        service.step(clock.pass_(seconds=30))
+    arrive(node, settings, clock.now, FIXED)  # asked for anew
+    for _ in range(60):
+        service.step(clock.pass_(seconds=30))
+    (found,) = deliveries(node, subject=FIXED).values()
+    assert found.state is DeliveryState.WAITING and found.attempts >= 2
+
+
+@on_sqlite
+@pytest.mark.parametrize("hours", [1, 24, 24 * 365])
+def test_a_clock_that_is_set_back_stops_nothing(node, tmp_path, clock, pacs, hours):
+    settings = settings_for(pacs.port, tmp_path, registration=[])
+    arrive(node, settings, clock.now, MOVING)
+    service = to_peer(settings, node, clock)
+    pacs.stop()
+    service.step(clock.pass_(seconds=SETTLE_S))
+    pacs.start()
+    service.step(clock.pass_(hours=-hours))
+    service.step(clock.pass_(seconds=1))
+    assert {d.state for d in every(node)} == {DeliveryState.DONE}
+
+
+@on_sqlite
+def test_what_is_due_beyond_every_wait_is_due_now(node, tmp_path, clock, pacs):
+    settings = settings_for(pacs.port, tmp_path, registration=[])
+    arrive(node, settings, clock.now, MOVING)
+    clock.pass_(days=-30)  # and nobody saw it: the exchange was off
+    service = to_peer(settings, node, clock)
+    assert service.step(clock.now) == 1
+    service.step(clock.pass_(seconds=1))
+    assert {d.state for d in every(node)} == {DeliveryState.DONE}
+
+
+def test_who_gives_up_does_not_wait_for_who_asks(engine):
+    asks = [replace(REPORT, subject=f"1.{k}") for k in (9, 1)]
+    for one in asks:  # ids in another order than that in which all are asked for
+        ask(engine, one)
+    if engine.dialect.name == "sqlite":
+        return  # one writer at a time
+    with store.writing(engine) as asking:
+        store.ask_deliveries(asking, [asks[1]], NOON, NOON)
+        with store.writing(engine) as session:
+            assert store.fail_deliveries(session, "PACS", NOON, "why") == 1
+            store.note_unreached(session, "PACS", NOON, "why")
+        store.ask_deliveries(asking, [asks[0]], NOON, NOON)
+    assert {(d.state, d.version) for d in listed(engine)} == {(DeliveryState.WAITING, 2)}
