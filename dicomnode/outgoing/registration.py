@@ -31,11 +31,6 @@ def make(engine: Engine, settings: Settings, delivery: store.Delivery) -> Sequen
         moving = store.source_of(session, best.moving_series)
     if fixed is None or moving is None or not fixed.curve.model == moving.curve.model == best.model:
         raise Nothing  # a curve was revised since: its pairs ask anew
-    origin = objects.said_once(
-        fixed.origin_with(moving, best.computed_at), fixed.source, moving.source, best.offset
-    )
-    return [
-        objects.outgoing(
-            registration.registration(fixed.source, moving.source, best.offset, origin)
-        )
-    ]
+    origin = fixed.origin_with(moving)
+    ds = registration.registration(fixed.source, moving.source, best.offset, origin)
+    return [objects.outgoing(ds)]

@@ -24,6 +24,6 @@ def make(engine: Engine, settings: Settings, delivery: store.Delivery) -> Sequen
         known = store.source_of(session, delivery.what.subject)
     if known is None:
         raise Nothing
-    origin = objects.said_once(known.origin, known.source)
-    ds = coverage_report.coverage_report(known.source, known.curve, known.regions, origin)
+    source, curve, regions = known.source, known.curve, known.regions
+    ds = coverage_report.coverage_report(source, curve, regions, known.origin)
     return [objects.outgoing(ds)]

@@ -389,3 +389,23 @@ def test_who_gives_up_does_not_wait_for_who_asks(engine):
             store.note_unreached(session, "PACS", NOON, "why")
         store.ask_deliveries(asking, [asks[0]], NOON, NOON)
     assert {(d.state, d.version) for d in listed(engine)} == {(DeliveryState.WAITING, 2)}
+
+
+@on_sqlite
+def test_an_offset_that_is_computed_again_is_the_same_object_to_the_bit(
+    node, tmp_path, clock, pacs
+):
+    settings = settings_for(pacs.port, tmp_path, report=[])
+    one, other = PatientKey("CANARY-A", "H"), PatientKey("CANARY-B", "H")
+    arrive(node, settings, clock.now, MOVING, patient=one)
+    arrive(node, settings, clock.now, FIXED, patient=other)
+    service = to_peer(settings, node, clock)
+    for _ in range(2):
+        with store.writing(node) as session:
+            made = store.link_patients(session, one, other, LinkSource.CLI, clock.now)
+        arrive(node, settings, clock.now)
+        service.step(clock.pass_(seconds=SETTLE_S))
+        with store.writing(node) as session:
+            store.unlink_patients(session, made.link.id, clock.pass_(hours=5))
+    first, second = pacs.stored
+    assert first == second
