@@ -26,6 +26,7 @@ from dicomnode.store.hidden import without_rejected
 from dicomnode.store.identity import hold_identity
 from dicomnode.store.pairs import ask_offsets
 from dicomnode.store.previews import keep_previews, take_previews
+from dicomnode.store.retelling import retell_pairs, retell_reports
 from dicomnode.store.rows import (
     SLICES,
     acquisition_values,
@@ -260,8 +261,10 @@ def finish_series(
         set_aside |= curve.left_out(outcome, claimed.slices)
     series.set_aside = {frame_key(*at): reason for at, reason in set_aside.items()}
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
-    drop_curve(session, series_id)
+    had_curve = drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
+        if had_curve:
+            retell_pairs(session, [series.study_uid], now)
         _delete_slices(session, series_id, claimed.set_aside)
         series.state, series.reason = outcome.reason.state, outcome.reason
         return 0
@@ -328,6 +331,7 @@ def _record_series(
         reopen(session, series)
     if moved:  # the archive corrected who the patient is: pairs follow when the curve is remade
         before = PatientKey(series.patient_id, series.issuer)
+        studies = [series.study_uid, header.study_uid]
         within_study = series.study_uid == header.study_uid
         same = series.patient_id == patient.patient_id
         series.issuer = patient.issuer or (series.issuer if same else "")
@@ -336,7 +340,8 @@ def _record_series(
         # At once: they are between two patients, or within one study.
         _drop_offsets(session, series.id)
         if within_study:
-            _move_study(session, series, before)
+            _move_study(session, series, before, newest.arrived_at)
+        retell_pairs(session, studies, newest.arrived_at)
     series.last_arrival_at = max(
         series.last_arrival_at, *(r.arrived_at for r in results or [newest])
     )
@@ -379,7 +384,7 @@ def _describe(
         series.header = None
 
 
-def _move_study(session: Session, series: schema.Series, before: PatientKey) -> None:
+def _move_study(session: Session, series: schema.Series, before: PatientKey, now: datetime) -> None:
     """Take the other Series of a Study along to the patient that one of them was corrected to.
 
     A Study has one patient (PS3.3 A.1.2), and an archive may send again what changed alone. Series
@@ -408,6 +413,7 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey) -> 
         other.study_datetime = series.study_datetime
         _drop_offsets(session, other.id)
     session.flush()
+    retell_reports(session, [other.series_uid for other in others], now)
     for other in others:
         curve = session.get(schema.Curve, other.id)
         if curve is not None and other.state == SeriesState.CURVE:
@@ -590,10 +596,12 @@ def _parts(items: list[tuple[str, int]], size: int) -> list[list[tuple[str, int]
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def drop_curve(session: Session, series_id: int) -> None:
-    """Drop the curve of a Series, and the offsets of its pairs."""
-    session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
+def drop_curve(session: Session, series_id: int) -> bool:
+    """Drop the curve of a Series, and the offsets of its pairs; False where it had none."""
+    curves = delete(schema.Curve).where(schema.Curve.series_id == series_id)
+    dropped = session.scalars(curves.returning(schema.Curve.series_id)).all()
     _drop_offsets(session, series_id)
+    return bool(dropped)
 
 
 def _drop_offsets(session: Session, series_id: int) -> None:

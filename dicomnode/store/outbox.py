@@ -36,7 +36,7 @@ class Delivery:
     asked_at: datetime
     failed_at: datetime | None  # the first time since then
     due_at: datetime
-    done_at: datetime | None
+    done_at: datetime | None  # when it was delivered last, whatever it is asked for since
     reason: str | None
     sop_class_uid: str | None
     sop_instance_uid: str | None
@@ -45,10 +45,9 @@ class Delivery:
     commitment_attempts: int
 
 
-# Of an ask that was not served yet. What was sent last stays known by its UID.
-_NOT_SENT: dict[str, Any] = {
+# Of an ask that was not served yet. What was sent last stays known, by its UID and its time.
+NOT_SENT: dict[str, Any] = {
     "reason": None,
-    "done_at": None,
     "transaction_uid": None,
     "commitment": None,
     "commitment_due_at": None,
@@ -75,7 +74,7 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
             "due_at": due_at,
         }
         anew = {k: values[k] for k in ("state", "attempts", "asked_at", "due_at")}
-        anew |= {**_NOT_SENT, "failed_at": None}
+        anew |= {**NOT_SENT, "failed_at": None}
         statement = insert(session, schema.Delivery).values(values)
         session.execute(
             statement.on_conflict_do_update(
@@ -157,15 +156,15 @@ def settle_delivery(
     commitment, None where it is not.
     """
     values = {
-        **_NOT_SENT,
+        **NOT_SENT,
         "state": state,
         "reason": reason,
         "due_at": due_at or now,
-        "done_at": now if state is DeliveryState.DONE else None,
     }
     replaced = [DeliveryState.WAITING]
     if state is DeliveryState.DONE:
         replaced.append(DeliveryState.FAILED)
+        values["done_at"] = now
     if attempts is not None:
         values["attempts"] = attempts
     if failed_at is not None:
@@ -180,7 +179,12 @@ def settle_delivery(
         .values(values)
         .returning(schema.Delivery.id)
     )
-    return found.scalar() is not None
+    if found.scalar() is not None:
+        return True
+    if state is DeliveryState.DONE:  # who was told is to hear of what it became since
+        told = update(schema.Delivery).where(schema.Delivery.id == delivery.id)
+        session.execute(told.values(done_at=now))
+    return False
 
 
 def list_deliveries(
@@ -297,7 +301,7 @@ def requeue_deliveries(
         update(schema.Delivery)
         .where(chosen)
         .values(
-            **_NOT_SENT,
+            **NOT_SENT,
             state=DeliveryState.WAITING,
             attempts=0,
             failed_at=None,

@@ -35,4 +35,5 @@ def upgrade() -> None:
     )
     op.create_index("ix_delivery_state_due_at", "delivery", ["state", "due_at"])
     op.create_index("ix_delivery_subject", "delivery", ["subject"])
+    op.create_index("ix_delivery_other", "delivery", ["other"])
     op.create_index("ix_delivery_transaction_uid", "delivery", ["transaction_uid"])
