@@ -345,6 +345,7 @@ class Delivery(Base):
         ),
         Index("ix_delivery_state_due_at", "state", "due_at"),
         Index("ix_delivery_subject", "subject"),
+        Index("ix_delivery_other", "other"),
         Index("ix_delivery_transaction_uid", "transaction_uid"),
         # A destination that is down does not hide what waits for another.
         Index("ix_delivery_destination_state_due_at", "destination", "state", "due_at"),
@@ -363,8 +364,10 @@ class Delivery(Base):
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int]  # since it was last asked for
     asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    # When an attempt failed first since then: what waits while this node is down is not late.
+    failed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     due_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)  # when it was delivered last
     reason: Mapped[str | None] = mapped_column(Text)  # of the last failure; no patient attribute
     sop_class_uid: Mapped[str | None] = mapped_column(UID)
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last

@@ -394,7 +394,7 @@ class DeliverSettings(_Section):
         default=72.0,
         gt=0,
         allow_inf_nan=False,
-        description="Hours after which a delivery that never succeeded is set aside.",
+        description="Hours after its first failure after which a delivery is set aside.",
     )
     commitment: bool = Field(
         default=True,

@@ -15,7 +15,8 @@ from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, PatientKey
 from dicomnode.node.align import AlignStage
 from dicomnode.node.assemble import AssembleStage
-from dicomnode.node.deliver import Deliver, ToPeer
+from dicomnode.node.deliver import Deliver
+from dicomnode.node.to_peer import ToPeer
 from dicomnode.outgoing.asking import Asking
 from dicomnode.scu import association, storage, transport
 from dicomnode.store import Delivery

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session, undefer
 from db import schema
 from dicomnode.errors import StoreUnavailable
 from dicomnode.model import PatientKey, SeriesState
-from dicomnode.store.corrected import correct_deliveries
 from dicomnode.store.identity import hold_identity
 from dicomnode.store.pairs import ask_offsets, drop_offsets
+from dicomnode.store.retelling import hold_images, retell_pairs, retell_reports
 from dicomnode.store.rows import instances
 from dicomnode.store.values import SliceResult
 
@@ -103,8 +103,10 @@ def move(session: Session, series: schema.Series, heard: Heard) -> None:
     series.study_datetime = heard.speaker.header.study_datetime
     series.moved_along = False
     drop_offsets(session, series.id)
+    now = heard.speaker.arrived_at
     if series.study_uid == study_before:
-        _move_study(session, series, before, heard.speaker.arrived_at)
+        _move_study(session, series, before, now)
+    retell_pairs(session, [study_before, series.study_uid], now)
 
 
 def _move_study(session: Session, series: schema.Series, before: PatientKey, now: datetime) -> None:
@@ -142,7 +144,9 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey, now
         curve = session.get(schema.Curve, other.id)
         if curve is not None and other.state == SeriesState.CURVE:
             ask_offsets(session, other, curve.model)
-    sent_on = correct_deliveries(session, [other.series_uid for other in others], now)
+    along = [other.series_uid for other in others]
+    retell_reports(session, along, now)
+    sent_on = hold_images(session, along, now)
     for other in others:
         other.moved_along = other.series_uid in sent_on
 
