@@ -1,6 +1,7 @@
 """What a rule sends is what the database says it is, to its last byte, and goes in no circle."""
 
 import io
+import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset, dcmread
-from pydicom.uid import JPEG2000Lossless
+from pydicom.uid import CTImageStorage, JPEG2000Lossless
 
 from dicomnode import store
-from dicomnode.errors import DicomError
+from dicomnode.errors import DicomError, StoreUnavailable
 from dicomnode.held import Held
 from dicomnode.model import DeliveryKind, DeliveryState, PatientKey, Rejection
 from dicomnode.node.deliver import Deliver, ToPeer
@@ -30,6 +31,7 @@ from tests.integration.test_rules import (
     on_sqlite,
     scan,
 )
+from tests.peers import archive
 
 STUDY = "1.2.77"
 THIRD = "1.2.5"
@@ -252,6 +254,32 @@ def test_a_disk_that_does_not_give_a_file_is_the_matter_of_that_delivery(node, m
             patch.setattr(where, name, bad)
             with pytest.raises(DicomError, match=r"cannot be read: Input/output error$"):
                 make(node)
+
+
+@on_sqlite
+def test_a_database_that_is_away_while_images_are_sent_is_no_fault_of_theirs(node, monkeypatch):
+    node.start(ALL)
+    node.receive(*few())
+    whose, looks = store.whose, itertools.count()
+
+    def away(*given: Any) -> Any:
+        if next(looks) >= SLICES + 3:  # once for each before any is sent
+            raise StoreUnavailable("away")
+        return whose(*given)
+
+    monkeypatch.setattr(store, "whose", away)
+    with archive(CTImageStorage, ae_title="AI") as peer:
+        node.values["node"] = {
+            "peers": [{"ae_title": "AI", "host": "127.0.0.1", "port": peer.port}]
+        }
+        settings = node.settings()
+        to_peer = ToPeer(settings, peer.peer)
+        deliver = Deliver(settings, node.engine, "AI", to_peer)
+        with pytest.raises(StoreUnavailable):
+            deliver.step(datetime.now(UTC))
+        assert len(peer.uids) == 3
+    waiting = by_subject(node)[SERIES]
+    assert waiting.state is DeliveryState.WAITING and waiting.reason is None
 
 
 @on_sqlite
