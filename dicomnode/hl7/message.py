@@ -7,6 +7,7 @@ messages in the tests.
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -121,7 +122,7 @@ def parse(data: bytes) -> Message:
     MessageError
         If it is none.
     """
-    data = data.strip(b"\r\n \t")
+    data = data.removeprefix(BOM_UTF8).strip(b"\r\n \t")  # some engines begin each with one
     if data[:3] != b"MSH" or len(data) < 9:
         raise MessageError("no MSH segment")
     head = re.split(rb"[\r\n]", data, maxsplit=1)[0].decode("latin-1")

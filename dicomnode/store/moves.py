@@ -71,8 +71,10 @@ def hear(
         If another worker moved or made the Series while this one waited for a lock, and holds it
         shared: the transaction is to be done again.
     """
+    if is_new:
+        _join(session, series)
     own = _own(series)
-    against = _against(series, results)
+    against = _without_late(session, series, _against(series, results))
     if against and not (alone or is_new):
         raise StoreUnavailable("a Series changed its patient meanwhile")
     if against or series.dissent:
@@ -164,6 +166,36 @@ def _against(series: Any, results: Iterable[SliceResult]) -> dict[str, Told]:
     """Return SOP Instance UID -> what it says, of those that say otherwise than their Series."""
     said = {r.header.sop_instance_uid: _told(series, r) for r in results if _is_heard(r)}
     return {uid: told for uid, told in said.items() if told != _own(series)}
+
+
+def _join(session: Session, series: schema.Series) -> None:
+    """Give a new Series the patient of its Study, where that was corrected from the new one's.
+
+    It was on its way when the correction came, or another archive does not know of that.
+    """
+    rows, own = schema.Series, [series.patient_id, series.issuer]
+    query = select(rows.patient_id, rows.issuer, rows.former).order_by(rows.id)
+    mates = session.execute(
+        query.where(rows.study_uid == series.study_uid, rows.id != series.id)
+    ).all()
+    if series.patient_id and own not in [[m.patient_id, m.issuer] for m in mates]:
+        for mate in mates:
+            if own in (mate.former or []):
+                _rename(series, PatientKey(mate.patient_id, mate.issuer))
+                return
+
+
+def _without_late(
+    session: Session, series: schema.Series, against: dict[str, Told]
+) -> dict[str, Told]:
+    """Leave out Instances that were not here yet and say whose their Series was before.
+
+    Who takes a correction back sends again what is here; these are what was still to come.
+    """
+    former = {(key[0], key[1]) for key in series.former or []}
+    late = [uid for uid, told in against.items() if told[:2] in former]
+    here = _scored(session, series) if late else set()
+    return {uid: told for uid, told in against.items() if uid not in late or uid in here}
 
 
 def _is_heard(result: SliceResult) -> bool:

@@ -121,6 +121,23 @@ def test_a_series_that_goes_back_to_whom_it_was_corrected_from_goes_alone(study)
 
 
 @on_sqlite
+def test_a_series_that_comes_after_its_study_was_corrected_joins_it(study):
+    """Under the ID of before: it was on its way, or an archive knows of no correction."""
+    again(study, B, study_datetime=LATER)
+    for part in (range(5), range(5, 12)):
+        again(study, A, "1.4.3", part, study_datetime=LATER)
+    finish(study, "1.4.3")
+    finish(study, ONE)
+    assert whose(study, "1.4.3") == [B]
+    assert pairs(study) == {(uid, "1.2.2") for uid in (ONE, TWO, "1.4.3")}
+    again(study, A, "1.4.3")  # whole and again: it is its own correction
+    assert whose(study, ONE, "1.4.3") == [B, A]
+    add_curve(study, "1.4.4", patient=A, study_uid=STUDY)  # and not alone any more
+    add_curve(study, "1.4.5", patient=C, study_uid=STUDY)  # by mistake in this Study
+    assert whose(study, "1.4.4", "1.4.5") == [A, C]
+
+
+@on_sqlite
 def test_nobody_is_no_correction(study):
     again(study, NOBODY, study_datetime=LATER)
     again(study, PatientKey(""), TWO)

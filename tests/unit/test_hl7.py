@@ -225,6 +225,10 @@ def test_segments_may_end_as_senders_end_them(end):
     assert pairs(a40().replace(b"\r", end.encode())) == ((A, B),)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_message():
+    assert pairs(b"\xef\xbb\xbf" + a40()) == ((A, B),)
+
+
 def test_a_line_feed_within_a_text_ends_no_segment():
     data = a40().replace(b"DOE^JANE", b"DOE\nMRG|EVIL")
     assert pairs(data) == ((A, B),)
