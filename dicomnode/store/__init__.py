@@ -4,6 +4,7 @@ Other modules see frozen values, never ORM rows. All writes of one call belong t
 caller's transaction.
 """
 
+from dicomnode.store.ages import newest_studies, study_times
 from dicomnode.store.answers import (
     count_offsets,
     count_quarantined,
@@ -89,6 +90,7 @@ from dicomnode.store.outbox import (
     drop_deliveries,
     fail_deliveries,
     hold_deliveries,
+    known_asks,
     list_deliveries,
     next_delivery_at,
     note_unreached,
@@ -232,6 +234,7 @@ __all__ = [
     "is_waiting",
     "issuers_of",
     "kept_inputs",
+    "known_asks",
     "last_beat",
     "link_patients",
     "list_deliveries",
@@ -248,6 +251,7 @@ __all__ = [
     "mining_tables",
     "newest_id",
     "newest_series",
+    "newest_studies",
     "next_commitment_at",
     "next_completion",
     "next_delivery_at",
@@ -299,6 +303,7 @@ __all__ = [
     "still_waits",
     "store_offsets",
     "studies_of",
+    "study_times",
     "take_message",
     "take_turn",
     "tally",

@@ -1,6 +1,6 @@
 """The outbox: what is to go where, and how that went."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -82,6 +82,15 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
                 set_={**anew, "version": schema.Delivery.version + 1},
             )
         )
+
+
+def known_asks(session: Session, asks: Collection[Ask]) -> set[Ask]:
+    """Return those of some asks that were asked for before, whatever became of them."""
+    rows = schema.Delivery
+    columns = rows.kind, rows.destination, rows.subject, rows.other, rows.rule
+    subjects = sorted({ask.subject for ask in asks})
+    found = session.execute(select(*columns).where(rows.subject.in_(subjects)))
+    return {Ask(DeliveryKind(kind), *what) for kind, *what in found} & set(asks)
 
 
 def claim_deliveries(
