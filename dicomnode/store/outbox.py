@@ -249,6 +249,7 @@ def fail_deliveries(
     *,
     kind: DeliveryKind | None = None,
     rule: str | None = None,
+    asked_before: datetime | None = None,
     failed_before: datetime | None = None,
     attempts: int = 0,
 ) -> int:
@@ -262,6 +263,8 @@ def fail_deliveries(
         wanted.append(rows.kind == kind)
     if rule is not None:
         wanted.append(rows.rule == rule)
+    if asked_before is not None:
+        wanted.append(rows.asked_at <= asked_before)
     if failed_before is not None:
         wanted += [rows.failed_at <= failed_before, rows.attempts >= attempts]
     failed = _free(*wanted).values(state=DeliveryState.FAILED, reason=reason, due_at=now)

@@ -1,5 +1,6 @@
 """Deliveries when something goes wrong between the outbox and a peer: here, there, or the clock."""
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +12,12 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, DeliveryState, PatientKey
 from dicomnode.node import to_peer as sending
+from dicomnode.node.serve import Worker
 from dicomnode.outgoing import Outgoing, report
+from dicomnode.spool import Spool
 from dicomnode.store import Ask, LinkSource
 from tests.deliveries import (
     FIXED,
@@ -31,6 +35,7 @@ from tests.deliveries import (
     with_bundle,
 )
 from tests.integration.test_outbox import LEASE, NOON, REPORT, ask, claim, listed, settle
+from tests.integration.test_stages import brightness_bundle
 from tests.integration.test_store import record, scan
 from tests.peers import Archive, archive
 
@@ -411,6 +416,26 @@ def test_an_offset_that_is_computed_again_is_the_same_object_to_the_bit(
             store.unlink_patients(session, made.link.id, clock.pass_(hours=5))
     first, second = pacs.stored
     assert first == second
+
+
+@on_sqlite
+def test_the_worker_says_that_what_waits_has_no_destination(
+    engine, tmp_path, clock, database_url, caplog
+):
+    made = brightness_bundle(tmp_path / "bundle")
+    settings = Settings(
+        spool={"path": tmp_path / "spool", "reserve_bytes": 0},
+        database={"url": database_url},
+        score={"model": tmp_path / "bundle", "device": "cpu", "dtype": "float32"},
+    )
+    assert made.digest
+    with store.writing(engine) as session:
+        asks = [REPORT, Ask(DeliveryKind.WEBHOOK, "http://h/a?token=t0ps3cret", "1.2", "1.1")]
+        store.ask_deliveries(session, asks, clock.now, clock.now)
+    with contextlib.closing(Spool(tmp_path / "spool")) as spool:
+        Worker(settings, spool, engine).close()
+    (said,) = (r for r in caplog.records if r.getMessage() == "deliveries wait for nobody")
+    assert said.destinations == ["PACS", "h"]
 
 
 # Floods
