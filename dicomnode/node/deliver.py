@@ -20,6 +20,7 @@ from dicomnode.log import Seldom
 from dicomnode.node.to_peer import ToPeer
 from dicomnode.node.to_webhook import ToWebhook
 from dicomnode.node.work import (
+    CONFIGURED,
     LEASE,
     LEAST_ATTEMPTS,
     LONGEST,
@@ -167,7 +168,11 @@ class Deliver:
 
 
 class Strays:
-    """Gives up what waits for a destination that is configured no more."""
+    """Gives up what waits for a destination that is configured no more.
+
+    Not at once: an exchange that still runs with the settings of before must not give up what a
+    worker with newer ones asks for.
+    """
 
     name = "deliver strays"
 
@@ -187,8 +192,16 @@ class Strays:
         for kind, destination, rule in sorted(strays):
             with store.writing(self._engine) as session:
                 count = store.fail_deliveries(
-                    session, destination, now, NOT_CONFIGURED, kind=kind, rule=rule
+                    session,
+                    destination,
+                    now,
+                    NOT_CONFIGURED,
+                    kind=kind,
+                    rule=rule,
+                    asked_before=now - CONFIGURED,
                 )
+            if not count:
+                continue
             where = {"destination": shown(destination), "kind": str(kind)}
             logger.error(
                 "deliveries given up",

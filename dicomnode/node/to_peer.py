@@ -239,7 +239,12 @@ class ToPeer:
             return 0
         with store.writing(work.engine) as session:
             taken = store.claim_commitments(session, self.peer.ae_title, now, LEASE, COMMITMENTS)
-        late = [d for d in taken if d.done_at is not None and now - d.done_at >= work.give_up]
+        # What was never asked is not unanswered, however long the exchange was away.
+        late = [
+            d
+            for d in taken
+            if d.commitment_attempts and d.done_at and now - d.done_at >= work.give_up
+        ]
         asked = [d for d in taken if d not in late]
         if not work.settings.deliver.commitment:
             self._note(work, taken, None, None)
@@ -277,7 +282,9 @@ class ToPeer:
             self._note(work, asked, None, None)  # it does not offer it: nothing was asked
         except PeerUnavailable as exc:
             # It stores all the same: nothing that waits is to wait for this.
-            due_at = work.clock() + backoff(most, work.luck())
+            now = work.clock()
+            is_late = all(d.done_at and now - d.done_at >= work.give_up for d in asked)
+            due_at = now + (LONGEST if is_late else backoff(most, work.luck()))
             self._note(work, asked, due_at, Commitment.WANTED)
             extra = {"destination": self.peer.ae_title, "reason": str(exc)}
             if times := self._told.due(str(exc)):

@@ -27,6 +27,8 @@ LEAST_ATTEMPTS = 5
 # A Study that is still arriving is waited for so long.
 GROWING = timedelta(hours=1)
 NOT_CONFIGURED = "this destination is configured no more"
+# How long who gives that up waits for another exchange, started with newer settings, to take it.
+CONFIGURED = timedelta(hours=1)
 
 Clock = Callable[[], datetime]
 
@@ -140,7 +142,10 @@ class Work:
                 self._open.pop(delivery.id, None)
             return False
         if (what.kind, what.destination, what.rule) not in self._known:
-            self.settle(delivery, DeliveryState.FAILED, reason=NOT_CONFIGURED)
+            if self.clock() - delivery.asked_at >= CONFIGURED:
+                self.settle(delivery, DeliveryState.FAILED, reason=NOT_CONFIGURED)
+            else:
+                self.postpone(replace(delivery, reason=NOT_CONFIGURED), CONFIGURED / 10)
             return False
         # Either way: where the clock was set back, it was asked for in the future.
         if growing and abs(self.clock() - delivery.asked_at) < GROWING:

@@ -4,6 +4,7 @@ Other modules see frozen values, never ORM rows. All writes of one call belong t
 caller's transaction.
 """
 
+from dicomnode.store.ages import newest_studies, study_times
 from dicomnode.store.answers import (
     count_offsets,
     count_quarantined,
@@ -98,6 +99,7 @@ from dicomnode.store.outbox import (
     drop_deliveries,
     fail_deliveries,
     hold_deliveries,
+    known_asks,
     list_deliveries,
     next_delivery_at,
     note_unreached,
@@ -244,6 +246,7 @@ __all__ = [
     "is_waiting",
     "issuers_of",
     "kept_inputs",
+    "known_asks",
     "last_beat",
     "link_patients",
     "list_deliveries",
@@ -260,6 +263,7 @@ __all__ = [
     "mining_tables",
     "newest_id",
     "newest_series",
+    "newest_studies",
     "next_commitment_at",
     "next_completion",
     "next_delivery_at",
@@ -311,6 +315,7 @@ __all__ = [
     "still_waits",
     "store_offsets",
     "studies_of",
+    "study_times",
     "take_message",
     "take_turn",
     "tally",

@@ -1,6 +1,6 @@
 """The outbox: what is to go where, and how that went."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -82,6 +82,15 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
                 set_={**anew, "version": schema.Delivery.version + 1},
             )
         )
+
+
+def known_asks(session: Session, asks: Collection[Ask]) -> set[Ask]:
+    """Return those of some asks that were asked for before, whatever became of them."""
+    rows = schema.Delivery
+    columns = rows.kind, rows.destination, rows.subject, rows.other, rows.rule
+    subjects = sorted({ask.subject for ask in asks})
+    found = session.execute(select(*columns).where(rows.subject.in_(subjects)))
+    return {Ask(DeliveryKind(kind), *what) for kind, *what in found} & set(asks)
 
 
 def claim_deliveries(
@@ -240,6 +249,7 @@ def fail_deliveries(
     *,
     kind: DeliveryKind | None = None,
     rule: str | None = None,
+    asked_before: datetime | None = None,
     failed_before: datetime | None = None,
     attempts: int = 0,
 ) -> int:
@@ -253,6 +263,8 @@ def fail_deliveries(
         wanted.append(rows.kind == kind)
     if rule is not None:
         wanted.append(rows.rule == rule)
+    if asked_before is not None:
+        wanted.append(rows.asked_at <= asked_before)
     if failed_before is not None:
         wanted += [rows.failed_at <= failed_before, rows.attempts >= attempts]
     failed = _free(*wanted).values(state=DeliveryState.FAILED, reason=reason, due_at=now)

@@ -1,9 +1,10 @@
 """Deliveries when something goes wrong between the outbox and a peer: here, there, or the clock."""
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,14 +12,18 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, DeliveryState, PatientKey
 from dicomnode.node import to_peer as sending
+from dicomnode.node.serve import Worker
 from dicomnode.outgoing import Outgoing, report
+from dicomnode.spool import Spool
 from dicomnode.store import Ask, LinkSource
 from tests.deliveries import (
     FIXED,
     MOVING,
     OURS,
+    PATIENT,
     SETTLE_S,
     Clock,
     arrive,
@@ -30,6 +35,8 @@ from tests.deliveries import (
     with_bundle,
 )
 from tests.integration.test_outbox import LEASE, NOON, REPORT, ask, claim, listed, settle
+from tests.integration.test_stages import brightness_bundle
+from tests.integration.test_store import record, scan
 from tests.peers import Archive, archive
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -409,3 +416,93 @@ def test_an_offset_that_is_computed_again_is_the_same_object_to_the_bit(
             store.unlink_patients(session, made.link.id, clock.pass_(hours=5))
     first, second = pacs.stored
     assert first == second
+
+
+@on_sqlite
+def test_the_worker_says_that_what_waits_has_no_destination(
+    engine, tmp_path, clock, database_url, caplog
+):
+    made = brightness_bundle(tmp_path / "bundle")
+    settings = Settings(
+        spool={"path": tmp_path / "spool", "reserve_bytes": 0},
+        database={"url": database_url},
+        score={"model": tmp_path / "bundle", "device": "cpu", "dtype": "float32"},
+    )
+    assert made.digest
+    with store.writing(engine) as session:
+        asks = [REPORT, Ask(DeliveryKind.WEBHOOK, "http://h/a?token=t0ps3cret", "1.2", "1.1")]
+        store.ask_deliveries(session, asks, clock.now, clock.now)
+    with contextlib.closing(Spool(tmp_path / "spool")) as spool:
+        Worker(settings, spool, engine).close()
+    (said,) = (r for r in caplog.records if r.getMessage() == "deliveries wait for nobody")
+    assert said.destinations == ["PACS", "h"]
+
+
+# Floods
+
+
+OTHER = PatientKey("CANARY-OTHER", "HOSPITAL")
+
+
+def asked(node: Engine) -> set[tuple[str, str, str]]:
+    return {(str(d.what.kind), d.what.subject, d.what.other) for d in every(node)}
+
+
+def day(k: int) -> datetime:
+    return datetime(2026, 1, 1 + k)
+
+
+@pytest.mark.parametrize("which", ["newest", "all"])
+def test_a_prior_is_registered_to_the_newest_study_alone(node, tmp_path, clock, which):
+    hook = "http://127.0.0.1:1/hook"
+    settings = settings_for(104, tmp_path, report=[], registration_pairs=which, webhooks=[hook])
+    arrive(node, settings, clock.now, "1.3.3", study_datetime=day(3))
+    for k in (1, 2):  # its priors come later, as they are fetched
+        arrive(node, settings, clock.now, f"1.3.{k}", study_datetime=day(k))
+    pairs = {("1.3.3.0", "1.3.1.0"), ("1.3.3.0", "1.3.2.0")}
+    every_pair = pairs | {("1.3.2.0", "1.3.1.0")}
+    wanted = pairs if which == "newest" else every_pair
+    found = asked(node)
+    assert {tuple(p) for kind, *p in found if kind == "registration"} == wanted
+    assert {tuple(p) for kind, *p in found if kind == "webhook"} == every_pair
+    # A newer one: the pair that went out before goes out again when it changes.
+    arrive(node, settings, clock.now, "1.3.4", study_datetime=day(4))
+    before = {(d.what.subject, d.what.other): d.version for d in every(node)}
+    arrive(node, settings, clock.now, "1.3.3.5", study_uid="1.3.3.0", study_datetime=day(3))
+    after = {(d.what.subject, d.what.other): d.version for d in every(node)}
+    assert after["1.3.3.0", "1.3.1.0"] > before["1.3.3.0", "1.3.1.0"]
+    assert ("registration", "1.3.4.0", "1.3.1.0") in asked(node)
+
+
+def test_all_studies_of_the_latest_day_are_the_newest(node, tmp_path, clock):
+    settings = settings_for(104, tmp_path)
+    morning = datetime(2026, 1, 4, 8)
+    for uid, when in (("1.3.1", day(2)), ("1.3.2", morning), ("1.3.3", morning.replace(hour=9))):
+        arrive(node, settings, clock.now, uid, study_datetime=when)
+    arrive(node, settings, clock.now, "1.3.9", study_datetime=None, patient=OTHER)
+    arrive(node, settings, clock.now, "1.3.8", study_datetime=day(20), patient=OTHER)
+    with store.reading(node) as session:
+        studies = [f"1.3.{k}.0" for k in (1, 2, 3, 8, 9)]
+        assert store.newest_studies(session, studies) == {"1.3.2.0", "1.3.3.0", "1.3.8.0"}
+
+
+@on_sqlite
+def test_an_archive_that_is_imported_goes_to_nobody(node, tmp_path, clock):
+    settings = settings_for(104, tmp_path, webhooks=["http://127.0.0.1:1/hook"])
+    old = clock.now.replace(tzinfo=None) - timedelta(days=32)
+    arrive(node, settings, clock.now, "1.3.1", study_datetime=old - timedelta(days=400))
+    arrive(node, settings, clock.now, "1.3.2", study_datetime=old)
+    assert every(node) == []
+    # The prior of one of today is registered, and has no report of its own.
+    arrive(node, settings, clock.now, "1.3.3", study_datetime=old + timedelta(days=2))
+    kinds = {(kind, subject) for kind, subject, _ in asked(node)}
+    assert kinds == {(k, "1.3.3.0") for k in ("registration", "webhook")} | {("report", "1.3.3")}
+    # A year later, what was told of is told anew where it changes.
+    clock.pass_(days=365)
+    versions = {d.what: d.version for d in every(node)}
+    record(node, scan("1.3.3", 41, patient=PATIENT, study_datetime=old + timedelta(days=2))[40:])
+    arrive(node, settings, clock.now)
+    assert all(d.version == versions[d.what] + 1 for d in every(node))
+    everything = settings_for(104, tmp_path, recent_days=0)
+    arrive(node, everything, clock.now, "1.3.0", study_datetime=old - timedelta(days=900))
+    assert ("report", "1.3.0", "") in asked(node)
