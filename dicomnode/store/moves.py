@@ -182,6 +182,7 @@ def _join(session: Session, series: schema.Series) -> None:
         for mate in mates:
             if own in (mate.former or []):
                 _rename(series, PatientKey(mate.patient_id, mate.issuer))
+                series.moved_along = True  # should rules want its images, they name the former one
                 return
 
 

@@ -178,6 +178,21 @@ def test_a_study_that_moves_takes_along_what_was_asked_for_its_other_series(node
 
 
 @on_sqlite
+def test_a_series_that_joins_its_corrected_study_late_goes_once_it_is_corrected(node):
+    node.start(ALL)
+    study = {"StudyInstanceUID": STUDY}
+    node.receive(*few(SERIES, **study, **WRONG))
+    node.receive(*few(SERIES, **study, **RIGHT), association=B)
+    node.receive(*few(OTHER, **study, **WRONG), association="c" * 16)  # it was on its way
+    with pytest.raises(DicomError, match="another patient"):
+        make(node, OTHER)
+    settle(node, OTHER, DeliveryState.FAILED)
+    node.receive(*few(OTHER, **study, **RIGHT), association="d" * 16)
+    assert by_subject(node)[OTHER].state is DeliveryState.WAITING
+    assert patients(make(node, OTHER)) == [RIGHT["PatientID"]] * SLICES
+
+
+@on_sqlite
 def test_a_report_of_a_series_that_moved_along_is_made_anew(node):
     node.start(ALL)
     node.receive(*(ds for uid in (SERIES, OTHER) for ds in few(uid, StudyInstanceUID=STUDY)))

@@ -696,6 +696,8 @@ def test_a_dead_letter_keeps_its_pixels_for_rule_days(node, caplog):
     node.settle("all", DeliveryState.FAILED, now - timedelta(days=2.9))
     node.work()
     assert node.held == sent
+    with store.writing(node.engine) as session:
+        assert store.requeue_deliveries(session, now)
     node.settle("all", DeliveryState.FAILED, now - timedelta(days=3.1))
     node.work()
     assert node.held == {}
