@@ -11,7 +11,7 @@ from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import CorruptObject
 from dicomnode.model import DeliveryState
-from dicomnode.node.work import LEAST_ATTEMPTS, first_failure
+from dicomnode.outgoing.work import LEAST_ATTEMPTS, first_failure
 from dicomnode.scu.commitment import reason_of
 from dicomnode.spool.reports import Report, Reports
 

@@ -17,9 +17,10 @@ from dicomnode.audit import AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, StoreUnavailable, TransientError
 from dicomnode.log import Seldom
-from dicomnode.node.to_peer import ToPeer
-from dicomnode.node.to_webhook import ToWebhook
-from dicomnode.node.work import (
+from dicomnode.outgoing.asking import destinations
+from dicomnode.outgoing.to_peer import ToPeer
+from dicomnode.outgoing.to_webhook import ToWebhook
+from dicomnode.outgoing.work import (
     CONFIGURED,
     LEASE,
     LEAST_ATTEMPTS,
@@ -30,7 +31,6 @@ from dicomnode.node.work import (
     backoff,
     shown,
 )
-from dicomnode.outgoing.asking import destinations
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from dicomnode.audit import Act, AuditLog
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError, DeviceUnavailable, SpoolBusy, TransientError, WeightsError
 from dicomnode.held import Held
-from dicomnode.node.work import shown
 from dicomnode.outgoing.asking import Asking, destinations
+from dicomnode.outgoing.work import shown
 from dicomnode.rules import Rules
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool

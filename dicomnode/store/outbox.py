@@ -171,8 +171,9 @@ def settle_delivery(
         "due_at": due_at or now,
     }
     replaced = [DeliveryState.WAITING]
-    if state is DeliveryState.DONE:
+    if state is not DeliveryState.WAITING:
         replaced.append(DeliveryState.FAILED)
+    if state is DeliveryState.DONE:
         values["done_at"] = now
     if attempts is not None:
         values["attempts"] = attempts

@@ -26,10 +26,10 @@ from db import schema
 from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, DeliveryState, SeriesState
-from dicomnode.node import work as working
 from dicomnode.node.deliver import Deliver, Strays
-from dicomnode.node.work import NOT_CONFIGURED, backoff
+from dicomnode.outgoing import work as working
 from dicomnode.outgoing.asking import Asking, destinations
+from dicomnode.outgoing.work import NOT_CONFIGURED, backoff
 from dicomnode.store import Ask
 from tests.deliveries import (
     FIXED,

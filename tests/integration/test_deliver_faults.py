@@ -14,9 +14,9 @@ from sqlalchemy import Engine
 from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.model import DeliveryKind, DeliveryState, PatientKey
-from dicomnode.node import to_peer as sending
 from dicomnode.node.serve import Worker
 from dicomnode.outgoing import Outgoing, report
+from dicomnode.outgoing import to_peer as sending
 from dicomnode.spool import Spool
 from dicomnode.store import Ask, LinkSource
 from tests.deliveries import (

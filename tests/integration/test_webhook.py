@@ -20,8 +20,8 @@ from dicomnode.config import Settings
 from dicomnode.errors import ConfigError
 from dicomnode.model import DeliveryState
 from dicomnode.node.deliver import Deliver
-from dicomnode.node.to_webhook import ToWebhook
 from dicomnode.outgoing import webhook
+from dicomnode.outgoing.to_webhook import ToWebhook
 from tests.deliveries import (
     FIXED,
     MOVING,

@@ -11,8 +11,8 @@ from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import TransientError
 from dicomnode.model import DeliveryState
-from dicomnode.node.work import Work, shown
 from dicomnode.outgoing import matched, notice, webhook
+from dicomnode.outgoing.work import Work, shown
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from dicomnode.config import Peer, Settings
 from dicomnode.errors import ConfigError, PeerUnavailable, TransientError
 from dicomnode.log import Seldom
 from dicomnode.model import Commitment, DeliveryKind, DeliveryState
-from dicomnode.node.work import FIRST, LEASE, LONGEST, Work, backoff
 from dicomnode.outgoing import Outgoing, forward, registration, report
+from dicomnode.outgoing.work import FIRST, LEASE, LONGEST, Work, backoff
 from dicomnode.scu import commitment
 from dicomnode.scu.association import Link, NothingAccepted, associated
 from dicomnode.scu.storage import Stored, storage_contexts, store_on
