@@ -20,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -102,6 +103,9 @@ class Series(Base):
     # DICOM keyword -> text of one of its Instances, for objects that refer to the Series: of the
     # patient, so it leaves the database in these alone. Null: it came before schema 0005.
     header: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True), deferred=True)
+    # Whether its patient is that of another Series of its Study, which was corrected, while its own
+    # images, which a rule sends on, said another one when they last came.
+    moved_along: Mapped[bool] = mapped_column(server_default=false())
     # SOP Instance UID -> PatientID, issuer, Study Instance UID, of Instances that last said
     # otherwise than this row: once they are most, it moves there. Null: none.
     dissent: Mapped[dict[str, list[str]] | None] = mapped_column(JSON(none_as_null=True))
@@ -341,6 +345,7 @@ class Delivery(Base):
         ),
         Index("ix_delivery_state_due_at", "state", "due_at"),
         Index("ix_delivery_subject", "subject"),
+        Index("ix_delivery_other", "other"),
         Index("ix_delivery_transaction_uid", "transaction_uid"),
         # A destination that is down does not hide what waits for another.
         Index("ix_delivery_destination_state_due_at", "destination", "state", "due_at"),
@@ -359,8 +364,10 @@ class Delivery(Base):
     state: Mapped[str] = mapped_column(String(16))
     attempts: Mapped[int]  # since it was last asked for
     asked_at: Mapped[datetime] = mapped_column(UTCDateTime)
+    # When an attempt failed first since then: what waits while this node is down is not late.
+    failed_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
     due_at: Mapped[datetime] = mapped_column(UTCDateTime)
-    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)
+    done_at: Mapped[datetime | None] = mapped_column(UTCDateTime)  # when it was delivered last
     reason: Mapped[str | None] = mapped_column(Text)  # of the last failure; no patient attribute
     sop_class_uid: Mapped[str | None] = mapped_column(UID)
     sop_instance_uid: Mapped[str | None] = mapped_column(UID)  # of the object that was sent last

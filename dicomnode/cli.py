@@ -711,7 +711,7 @@ def offset(
             _nothing("no pair of curves of these two Studies; see `dicomnode series --study UID`")
         if registration and answer.stored.offset.status is not OffsetStatus.REFUSED:
             fixed, moving = (query.source_of(engine, c) for c in (answer.fixed, answer.moving))
-            origin = fixed.origin_with(moving, answer.stored.computed_at)
+            origin = fixed.origin_with(moving)
             _write_registration(registration, answer, fixed.source, moving.source, origin)
     _answer_offset(answer, as_json, transform, png_path)
 

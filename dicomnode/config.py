@@ -376,6 +376,18 @@ class DeliverSettings(_Section):
     report: tuple[AETitle, ...] = Field(
         default=(), description="Peers that get a report of what each Series covers."
     )
+    registration_pairs: Literal["newest", "all"] = Field(
+        default="newest",
+        description="Of which pairs a registration is made: of those of a patient's latest day "
+        'with each earlier Study ("newest"), or of every two Studies ("all").',
+    )
+    recent_days: int = Field(
+        default=30,
+        ge=0,
+        le=36_500,
+        description="Days after its Study Date for which something goes out about a Study that it "
+        "was not told of before, of a pair the newer one; 0: whatever its age.",
+    )
     webhooks: tuple[WebAddress, ...] = Field(
         default=(), description="URLs that get the offset of each pair of Studies, as JSON."
     )
@@ -394,7 +406,7 @@ class DeliverSettings(_Section):
         default=72.0,
         gt=0,
         allow_inf_nan=False,
-        description="Hours after which a delivery that never succeeded is set aside.",
+        description="Hours after its first failure after which a delivery is set aside.",
     )
     commitment: bool = Field(
         default=True,

@@ -18,12 +18,11 @@ _LIBRARIES = {
     "pynetdicom": logging.WARNING,
     "pydicom": logging.ERROR,
     "alembic": logging.WARNING,  # a dozen lines about itself at each start
-    "httpx": logging.WARNING,  # below, all tell whole URLs: a patient, a token
+    # Below, both tell whole URLs: a patient, a token.
+    "httpx2": logging.WARNING,
+    "httpcore2": logging.WARNING,
     # Whatever it says of a request, a stranger can make it say; what matters is told by `web`.
     "uvicorn": logging.CRITICAL,
-    "httpcore": logging.WARNING,
-    "httpx2": logging.WARNING,  # and so do these
-    "httpcore2": logging.WARNING,
 }
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 

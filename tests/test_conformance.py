@@ -42,7 +42,6 @@ from dicomnode.core import admission
 from dicomnode.node import receive
 from dicomnode.node.receive import Receiver
 from dicomnode.objects import coverage_report
-from dicomnode.outgoing import Outgoing
 from dicomnode.scp import access, commitment
 from dicomnode.scp.contexts import TRANSFER_SYNTAXES, UNCOMPRESSED, is_storage
 from dicomnode.scu import find, move
@@ -130,15 +129,11 @@ def requested(*contexts: PresentationContext) -> list[tuple[str, ...]]:
     ]
 
 
-def ours(sop_class_uid: str) -> Outgoing:
-    return Outgoing(sop_class_uid, "1.2.3", ExplicitVRLittleEndian, bytes)
-
-
 def tables() -> dict[str, str]:
     """Return the tables of the statement that are facts of the code."""
     kept = [(uid.name, uid, use) for uid, use in USED.items()]
     kept.append(("any other Storage SOP Class", "see below", "kept in no form: counted as ignored"))
-    contexts = [c for uid in OURS for c in storage_contexts([ours(uid)])]
+    contexts = [c for uid in OURS for c in storage_contexts([(uid, ExplicitVRLittleEndian)])]
     private = (
         coverage_report.COVERAGE,
         coverage_report.EXTENT,

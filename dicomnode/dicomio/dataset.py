@@ -23,7 +23,7 @@ from dicomnode.core import pixels
 from dicomnode.dicomio import codecs
 from dicomnode.dicomio.scan import Layout, patient_key, study_datetime
 from dicomnode.errors import CorruptObject, DicomError, UnsupportedObject
-from dicomnode.model import Acquisition, Reason, SliceHeader
+from dicomnode.model import Acquisition, PatientKey, Reason, SliceHeader
 
 # A 16-bit slice of 4096 x 4096: what a header may make us allocate, and no more.
 MAX_PIXELS = 4096 * 4096
@@ -71,37 +71,70 @@ def read(source: Path | BinaryIO, *, pixels: bool = True) -> Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which object a file holds, and how it is encoded."""
+    """Which object a file holds, how it is encoded, whose it is, and where it came from."""
 
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
+    study_uid: str
+    series_uid: str
+    patient: PatientKey  # the issuer is empty where the data set names none
+    sender: str  # AE title, as the receiver wrote it to the file; empty: unknown
+    # SOP Instance UIDs, as far as it tells; None: it is none that was made of others afterwards.
+    derived_from: frozenset[str] | None
 
 
-def identity(path: Path) -> Identity:
+def identity(source: Path | BinaryIO) -> Identity:
     """Return which object a DICOM Part 10 file holds, of which little is read.
 
     Raises
     ------
     CorruptObject
         If it is no DICOM file, or does not tell.
-    FileNotFoundError
-        If there is no file.
+    OSError
+        If the disk does not give it.
     """
+    if isinstance(source, Path):
+        with open(source, "rb") as file:
+            return identity(file)
     try:
-        with open(path, "rb") as file:
-            ds = read_partial(file, stop_when=_beyond_identity)
-        if ds.file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
-            ds = read(path, pixels=False)
-            ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-        uids = ds.SOPClassUID, ds.SOPInstanceUID, ds.file_meta.TransferSyntaxUID
-        return Identity(*map(str, uids))
-    except (CorruptObject, FileNotFoundError):
+        ds = read_partial(source, stop_when=_beyond_identity)
+        syntax = str(ds.file_meta.TransferSyntaxUID)
+        if syntax == DeflatedExplicitVRLittleEndian:
+            source.seek(0)
+            ds = read(source, pixels=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's value warnings quote the value
+            return Identity(
+                str(ds.SOPClassUID),
+                str(ds.SOPInstanceUID),
+                syntax,
+                text(ds, "StudyInstanceUID"),
+                text(ds, "SeriesInstanceUID"),
+                patient_key(text(ds, "PatientID"), text(ds, "IssuerOfPatientID"), ""),
+                calling_ae_title(ds),
+                _derived_from(ds),
+            )
+    except CorruptObject:
         raise
     except InvalidDicomError as exc:
         raise CorruptObject("no DICOM Part 10 file", Reason.NOT_DICOM) from exc
     except Exception as exc:  # as above
+        if isinstance(exc, OSError) and exc.errno is not None:
+            raise
         raise CorruptObject(f"cannot be parsed: {type(exc).__name__}") from exc
+
+
+def _derived_from(ds: Dataset) -> frozenset[str] | None:
+    """Return the images of which one was made after the examination (PS3.3 C.7.6.1.1.2, .4)."""
+    if image_type(ds)[:2] != ("DERIVED", "SECONDARY"):
+        return None
+
+    def sources() -> frozenset[str]:
+        items = ds.get("SourceImageSequence") or []
+        return frozenset(text(item, "ReferencedSOPInstanceUID") for item in items)
+
+    return optional(sources) or frozenset()
 
 
 def with_group_length(data: bytes) -> bytes:
@@ -133,7 +166,7 @@ def with_group_length(data: bytes) -> bytes:
 
 
 def _beyond_identity(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return int(tag) > 0x00080018  # SOP Instance UID
+    return int(tag) > 0x0020000E  # Series Instance UID
 
 
 def inflate(data: bytes | memoryview) -> bytes:

@@ -11,6 +11,7 @@ from dicomnode import store
 from dicomnode.config import Settings
 from dicomnode.errors import CorruptObject
 from dicomnode.model import DeliveryState
+from dicomnode.outgoing.work import LEAST_ATTEMPTS, first_failure
 from dicomnode.scu.commitment import reason_of
 from dicomnode.spool.reports import Report, Reports
 
@@ -20,7 +21,6 @@ BATCH = 100
 # What a peer says it does not keep is sent again: not at once, lest both go round and round.
 FIRST = timedelta(minutes=1)
 LONGEST = timedelta(hours=6)
-LEAST_ATTEMPTS = 5
 NEVER = 0x0122  # the peer does not commit itself to this SOP Class: sending again would not help
 
 
@@ -65,7 +65,8 @@ class Commitments:
                 reason = f"commitment failed: {reason_of(why)}"
                 state = self._next_state(delivery, why, now)
                 due_at = now + self._wait(delivery.attempts)
-                store.record_uncommitted(session, delivery, state, due_at, reason)
+                since = first_failure(delivery, now)
+                store.record_uncommitted(session, delivery, state, due_at, since, reason)
         extra = {
             "destination": report.peer,
             "transaction_uid": report.transaction_uid,
@@ -82,7 +83,7 @@ class Commitments:
     def _next_state(self, delivery: store.Delivery, why: int, now: datetime) -> DeliveryState:
         if why == NEVER:
             return DeliveryState.DONE
-        old = now - delivery.asked_at >= self._give_up
+        old = now - first_failure(delivery, now) >= self._give_up
         if old and delivery.attempts >= LEAST_ATTEMPTS:
             return DeliveryState.FAILED
         return DeliveryState.WAITING

@@ -30,7 +30,8 @@ from dicomnode.errors import (
     WeightsError,
 )
 from dicomnode.held import Held
-from dicomnode.outgoing.asking import Asking
+from dicomnode.outgoing.asking import Asking, destinations
+from dicomnode.outgoing.work import shown
 from dicomnode.rules import Rules
 from dicomnode.scp.listener import listen
 from dicomnode.spool import Spool
@@ -84,6 +85,7 @@ class Worker:
         with store.writing(engine) as session:
             store.record_model(session, bundle.digest, bundle.manifest, datetime.now(UTC))
             stale = store.count_stale(session, bundle.digest)
+            strays = store.waiting_for(session) - destinations(settings)
         days = settings.keep.previews_days
         priors = store.AskPriors(settings.priors.names, settings.priors.recent_days)
         self._held = held_of(settings)
@@ -141,6 +143,9 @@ class Worker:
         self._audit.write(Act.STARTED, part="worker", model=bundle.digest)
         if stale:
             logger.warning("curves of another bundle", extra={"curves": stale})
+        if strays:  # should nothing be delivered any more, no exchange runs that says so
+            where = sorted({shown(destination) for _, destination, _ in strays})
+            logger.warning("deliveries wait for nobody", extra={"destinations": where})
 
     def close(self) -> None:
         """Let go of threads."""

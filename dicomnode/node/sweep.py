@@ -18,7 +18,8 @@ from dicomnode.store import Forward, Wanting
 logger = logging.getLogger(__name__)
 
 # Of a Series that the database does not know. Pixels are held before rows are stored, so that each
-# is one for a moment; for longer, where the database was restored from a backup.
+# is one for a moment; for longer, where the database was restored from a backup: a person may
+# import them, and has `rule_days` for it while there is room.
 UNKNOWN = timedelta(days=1)
 TELL = timedelta(minutes=10)  # between lines that say that the disk is short
 
@@ -46,7 +47,8 @@ class SweepStage:
         rules
             Names of the rules that there are: nobody serves the others.
         rule_days
-            How long pixels wait for a person once a delivery was given up.
+            How long pixels wait for a person once a delivery was given up, or where the database
+            does not know them.
         late_seconds
             How long they stay, from the last slice of their Series on, though no rule wants them.
         watermark_bytes
@@ -83,7 +85,7 @@ class SweepStage:
     def _why(self, held: HeldSeries, wanting: Wanting | None, now: datetime) -> "_Why | None":
         """Return why pixels are to stay, None where nobody wants them."""
         if wanting is None:
-            return _Why.WANTED if held.changed_at > now - UNKNOWN else None
+            return self._why_unknown(held, now)
         if wanting.state is SeriesState.OPEN or any(map(self._is_served, wanting.forwards)):
             return _Why.WANTED
         if any(forward.due_at > now - self.age for forward in wanting.forwards):
@@ -93,6 +95,14 @@ class SweepStage:
             return _Why.LATE
         if wanting.forwards:
             self._tell(held, "rule_days are over")
+        return None
+
+    def _why_unknown(self, held: HeldSeries, now: datetime) -> "_Why | None":
+        if held.changed_at > now - UNKNOWN:
+            return _Why.WANTED
+        if held.changed_at > now - self.age:
+            return _Why.GIVEN_UP
+        self._tell(held, "the database does not know it")
         return None
 
     def _is_served(self, forward: Forward) -> bool:
@@ -139,5 +149,5 @@ class _Why(Enum):
     """Why pixels are to stay."""
 
     WANTED = auto()  # by a Series that arrives, or by who is served with them
-    GIVEN_UP = auto()  # a person may have them sent still
+    GIVEN_UP = auto()  # a person may have them sent still, or import them
     LATE = auto()  # more of the Series may come

@@ -48,7 +48,8 @@ def coverage_report(
 
     A region has a group where something of it is shown beyond what its ends vary by between
     patients: no reader may take the name of another for a region shown. Where an end is not
-    known there is no share. The same arguments give the same object, UIDs included.
+    known there is no share. The same arguments give the same object, UIDs included; any other one
+    gives other UIDs.
 
     Raises
     ------
@@ -63,7 +64,8 @@ def coverage_report(
     slices = list(zip(curve.sop_instance_uids, curve.frames, strict=True))
     if curve.series_uid != source.series_uid or not set(slices) <= set(places):
         raise ObjectError(f"the curve is not of the Instances of Series {source.series_uid}")
-    key = (curve.series_uid, origin.model, origin.revision, *(f"{u} {f}" for u, f in slices))
+    digest = modules.digest_of(source, curve, regions, origin)
+    key = (curve.series_uid, origin.model, origin.revision, digest)
 
     def group(
         name: str, ends: tuple[int, int], site: Region | None, **what: Any

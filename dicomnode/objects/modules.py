@@ -1,5 +1,7 @@
 """The modules that every object of ours has alike, and how an object becomes a file."""
 
+import dataclasses
+import hashlib
 import importlib.metadata
 import uuid
 from collections.abc import Iterable
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian
@@ -41,6 +44,27 @@ def uid_of(*parts: str) -> str:
     """Return a UID that the parts determine: a UUID of version 5 (PS3.5 section B.2, RFC 9562)."""
     name = "\0".join(parts)  # what is in no part, so that ("a", "bc") is not ("ab", "c")
     return f"2.25.{uuid.uuid5(NAMESPACE, name).int}"
+
+
+def digest_of(*told: object) -> str:
+    """Return a digest of all that an object says, and of who says it: part of its UIDs.
+
+    An archive keeps the first object of a UID, whatever comes later. So a patient that was
+    corrected, or a number of another version of this software, is to give another one.
+    """
+    return hashlib.sha256(repr((VERSION, *map(_plain, told))).encode()).hexdigest()
+
+
+def _plain(told: object) -> object:
+    if dataclasses.is_dataclass(told) and not isinstance(told, type):
+        told = dataclasses.asdict(told)  # their own words may leave something out
+    if isinstance(told, dict):
+        return {name: _plain(value) for name, value in told.items()}
+    if isinstance(told, np.ndarray):
+        return told.dtype.str, told.tobytes()
+    if isinstance(told, list | tuple):
+        return [_plain(one) for one in told]
+    return told
 
 
 def start(sop_class_uid: str, sop_instance_uid: str, source: Source) -> Dataset:

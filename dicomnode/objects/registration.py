@@ -36,8 +36,7 @@ IMAGE_CONTENT_BASED = ("125024", "Image Content-based Alignment")
 def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) -> Dataset:
     """Return the Spatial Registration of a moving Series onto a fixed one.
 
-    The same arguments give the same object, UIDs included; other curves, another revision,
-    method or bundle give other UIDs.
+    The same arguments give the same object, UIDs included; any other one gives other UIDs.
 
     Raises
     ------
@@ -69,7 +68,7 @@ def registration(fixed: Source, moving: Source, offset: Offset, origin: Origin) 
         offset.method,
         origin.model,
         origin.revision,
-        *(i.sop_instance_uid for side in (fixed, moving) for i in side.instances),
+        modules.digest_of(fixed, moving, offset, origin),
     )
     ds = modules.start(SpatialRegistrationStorage, modules.uid_of("registration", *key), fixed)
     modules.add_series(

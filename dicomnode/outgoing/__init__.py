@@ -1,4 +1,7 @@
-"""What goes out: each kind of delivery has a maker here, which makes it when it is due."""
+"""What goes out: each kind of delivery has a maker here, which makes it when it is due.
+
+`to_peer` and `to_webhook` bring it there; `work` settles how that went.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from sqlalchemy.orm import Session
 from dicomnode import dicomio, store
 from dicomnode.config import Rule, Settings
 from dicomnode.core import geometry, region
+from dicomnode.dicomio import Identity
 from dicomnode.errors import DicomError
 from dicomnode.held import Held
-from dicomnode.outgoing import Nothing, Outgoing
+from dicomnode.outgoing import Nothing, Outgoing, circle
 from dicomnode.outgoing.matched import met
+from dicomnode.outgoing.standing import Standing
 from dicomnode.rules import region_of
 from dicomnode.store import Delivery, Match
 
@@ -29,11 +32,12 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
     ------
     Nothing
         If the rule is gone or altered, the Series does not meet it any more, it shows nothing of
-        the rule's region, or nothing of it is held any more.
+        the rule's region, nothing of it is held any more, or the destination made it.
     NotYet
         If it is arriving again: once it is finished, it is asked for anew where it is to go still.
     DicomError
-        If the disk damaged what was held.
+        If the disk damaged what was held, or it names another patient or Study than the database:
+        later attempts may find what the archive corrected.
     """
     with store.reading(engine) as session:
         rule, found = met(session, settings, delivery)
@@ -43,11 +47,27 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
         rejected = store.rejected_of(session, list(files))
         files = {uid: file for uid, file in files.items() if uid not in rejected}
     if not files:
+        _check_mounted(settings)
         raise Nothing("its pixels are not held any more")
     chosen = [uid for uid in files if wanted is None or uid in wanted]
     if not chosen:
         raise Nothing(f"no slice that is held shows {rule.region}")
-    return [_outgoing(files[uid]) for uid in chosen]
+    told = {uid: _identity(files[uid]) for uid in chosen}
+    standing = Standing(engine, found.series_uid, chosen)
+    for one in told.values():  # before anything is sent: as one patient's, or not at all
+        standing.check(one)
+    others = circle.of_others(told, delivery.what.destination)
+    with store.reading(engine) as session:
+        circle.check(session, told.values(), found, delivery.what.destination)
+    return [
+        Outgoing(
+            one.sop_class_uid,
+            one.sop_instance_uid,
+            one.transfer_syntax_uid,
+            partial(_read, files[uid], one, standing),
+        )
+        for uid, one in others.items()
+    ]
 
 
 def held_of(settings: Settings, study_uid: str, series_uid: str) -> dict[str, Path]:
@@ -58,8 +78,21 @@ def held_of(settings: Settings, study_uid: str, series_uid: str) -> dict[str, Pa
         places.append(settings.keep.dicom_path)
     files: dict[str, Path] = {}
     for place in places:
-        files |= Held(place).instances(study_uid, series_uid)
+        try:
+            files |= Held(place).instances(study_uid, series_uid)
+        except OSError as exc:
+            raise _unreadable(exc) from exc
     return dict(sorted(files.items()))
+
+
+def _check_mounted(settings: Settings) -> None:
+    """Raise where nothing at all lies in the folder in which everything is kept for good."""
+    path = settings.keep.dicom_path
+    try:
+        if path is not None and not any(path.iterdir()):
+            raise DicomError("keep.dicom_path is empty: is its disk mounted?")
+    except OSError as exc:
+        raise DicomError(f"keep.dicom_path cannot be read: {exc.strerror}") from exc
 
 
 def _slices(session: Session, rule: Rule, found: Match) -> set[str]:
@@ -85,21 +118,33 @@ def _slices(session: Session, rule: Rule, found: Match) -> set[str]:
     return uids
 
 
-def _outgoing(file: Path) -> Outgoing:
+def _identity(source: Path | BytesIO) -> Identity:
     try:
-        told = dicomio.identity(file)
-    except FileNotFoundError:
-        raise DicomError("its pixels are not held any more") from None
-    return Outgoing(
-        told.sop_class_uid,
-        told.sop_instance_uid,
-        told.transfer_syntax_uid,
-        partial(_read, file),
-    )
+        return dicomio.identity(source)
+    except OSError as exc:
+        raise _unreadable(exc) from exc
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, told: Identity, standing: Standing) -> bytes:
+    """Return a file as it goes out, where it is still what was looked at and may still go."""
     try:
-        return dicomio.with_group_length(file.read_bytes())
-    except FileNotFoundError:  # dropped by hand, or rule_days were over
-        raise DicomError("its pixels are not held any more") from None
+        data = file.read_bytes()
+    except OSError as exc:
+        raise _unreadable(exc) from exc
+    # Of these bytes: the Series may have been sent again meanwhile, in another transfer syntax
+    # than the peer is about to be told.
+    now = _identity(BytesIO(data))
+    if _encoded(now) != _encoded(told):
+        raise DicomError("it was sent again meanwhile")
+    standing.check(now)
+    return dicomio.with_group_length(data)
+
+
+def _encoded(told: Identity) -> tuple[str, str, str]:
+    return told.sop_class_uid, told.sop_instance_uid, told.transfer_syntax_uid
+
+
+def _unreadable(exc: OSError) -> DicomError:
+    if isinstance(exc, FileNotFoundError):  # dropped by hand, or rule_days were over
+        return DicomError("its pixels are not held any more")
+    return DicomError(f"its pixels cannot be read: {exc.strerror}")

@@ -14,16 +14,25 @@ def make(engine: Engine, settings: Settings, delivery: store.Delivery) -> dict[s
 
     A refusal is told as well: who was told of an offset before is to hear that it is gone.
 
+    Who was told before, and of whose pairs none is left, is told that: a note rejected one, or
+    they are not one patient any more.
+
     Raises
     ------
     Nothing
-        If no pair of theirs has an offset any more.
+        If no pair of theirs has an offset, and nobody was told of one.
     """
     fixed_study, moving_study = delivery.what.subject, delivery.what.other
     with store.reading(engine) as session:
         offsets = store.offsets_of(session, fixed_study=fixed_study, moving_study=moving_study)
+    if not offsets and delivery.done_at is not None:
+        return {
+            "event": "gone",
+            "fixed": {"study_uid": fixed_study},
+            "moving": {"study_uid": moving_study},
+        }
     if not offsets:
-        raise Nothing
+        raise Nothing("no pair of theirs has an offset any more")
     best, offset = offsets[0], offsets[0].offset
     return {
         "event": "offset",

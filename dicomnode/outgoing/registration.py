@@ -25,17 +25,14 @@ def make(engine: Engine, settings: Settings, delivery: store.Delivery) -> Sequen
     with store.reading(engine) as session:
         offsets = store.offsets_of(session, fixed_study=fixed_study, moving_study=moving_study)
         if not offsets or offsets[0].offset.status is OffsetStatus.REFUSED:
-            raise Nothing
+            why = "is refused" if offsets else "is gone"
+            stays = "; what was delivered stays there" if delivery.done_at else ""
+            raise Nothing(f"the offset {why}{stays}")
         best = offsets[0]
         fixed = store.source_of(session, best.fixed_series)
         moving = store.source_of(session, best.moving_series)
     if fixed is None or moving is None or not fixed.curve.model == moving.curve.model == best.model:
         raise Nothing  # a curve was revised since: its pairs ask anew
-    origin = objects.said_once(
-        fixed.origin_with(moving, best.computed_at), fixed.source, moving.source, best.offset
-    )
-    return [
-        objects.outgoing(
-            registration.registration(fixed.source, moving.source, best.offset, origin)
-        )
-    ]
+    origin = fixed.origin_with(moving)
+    ds = registration.registration(fixed.source, moving.source, best.offset, origin)
+    return [objects.outgoing(ds)]

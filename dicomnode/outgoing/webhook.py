@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 
 from dicomnode.errors import ConfigError, TransientError
 from dicomnode.scp.connection import shut_down
@@ -118,10 +118,10 @@ def post(
             ) as answer,
         ):
             status, after = answer.status_code, answer.headers.get("Retry-After", "")
-    except httpx.TimeoutException as exc:
+    except httpx2.TimeoutException as exc:
         raise WebhookError(f"{where} does not answer in time") from exc
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
-        # The message of httpx may quote the URL, and that may hold a token.
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as exc:
+        # The message of httpx2 may quote the URL, and that may hold a token.
         raise WebhookError(f"no answer of {where}: {type(exc).__name__}") from exc
     if not 200 <= status < 300:
         raise WebhookError(
@@ -156,14 +156,14 @@ def reach(url: str) -> None:
         raise WebhookError(f"no connection to {parts.netloc}: {exc.strerror or exc}") from exc
 
 
-def _client() -> httpx.Client:
+def _client() -> httpx2.Client:
     # Not of the environment: no proxy and no .netrc that the settings do not name. The
     # authorities are those of the machine, where a hospital puts its own.
-    return httpx.Client(
+    return httpx2.Client(
         verify=ssl.create_default_context(),
         trust_env=False,
         follow_redirects=False,
-        timeout=httpx.Timeout(STALL_S, connect=CONNECT_S),
+        timeout=httpx2.Timeout(STALL_S, connect=CONNECT_S),
     )
 
 
@@ -171,7 +171,7 @@ def _client() -> httpx.Client:
 def _bounded() -> Iterator[Any]:
     """Give what notes the connection, and cut that when the time is over.
 
-    Time-outs of httpx are for each read: a server that sends a byte now and then has no bound.
+    Time-outs of httpx2 are for each read: a server that sends a byte now and then has no bound.
     """
     streams: list[Any] = []
 

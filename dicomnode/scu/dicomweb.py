@@ -11,7 +11,7 @@ from datetime import date
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 from pydicom.dataset import Dataset
 
 from dicomnode.config import DICOMwebServer, SpoolSettings
@@ -37,7 +37,7 @@ SERIES_FIELDS = ("00201209",)
 class WebSession:
     """Questions to one server, and what it sends."""
 
-    def __init__(self, client: httpx.Client, name: str, spool: SpoolSettings) -> None:
+    def __init__(self, client: httpx2.Client, name: str, spool: SpoolSettings) -> None:
         self._client, self._name, self._spool = client, name, spool
 
     def find_studies(
@@ -178,16 +178,16 @@ class WebSession:
     @contextlib.contextmanager
     def _asked(
         self, path: str, query: list[tuple[str, str]], accept: str
-    ) -> Iterator[httpx.Response]:
-        # No error of httpx may get out with its text: it quotes the URL, which names a patient.
+    ) -> Iterator[httpx2.Response]:
+        # No error of httpx2 may get out with its text: it quotes the URL, which names a patient.
         try:
             with self._client.stream(
-                "GET", path, params=httpx.QueryParams(tuple(query)), headers={"Accept": accept}
+                "GET", path, params=httpx2.QueryParams(tuple(query)), headers={"Accept": accept}
             ) as answer:
                 yield answer
-        except httpx.TimeoutException:
+        except httpx2.TimeoutException:
             raise PeerUnavailable(f"{self._name} does not answer in time") from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
+        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as exc:
             raise PeerUnavailable(f"{self._name}: {type(exc).__name__}") from None
 
     def _refusal(self, status: int) -> str:
@@ -215,7 +215,7 @@ def opened(server: DICOMwebServer, spool: SpoolSettings) -> Iterator[WebSession]
     if server.token_file is not None:
         headers["Authorization"] = f"Bearer {_secret(server, 'token_file')}"
     elif server.user is not None:
-        auth = httpx.BasicAuth(server.user, _secret(server, "password_file"))
+        auth = httpx2.BasicAuth(server.user, _secret(server, "password_file"))
     try:
         verify = ssl.create_default_context(cafile=server.ca_file)
     except (OSError, ValueError) as exc:
@@ -228,12 +228,12 @@ def opened(server: DICOMwebServer, spool: SpoolSettings) -> Iterator[WebSession]
     except (OSError, UnicodeError) as exc:
         why = exc.strerror or str(exc) if isinstance(exc, OSError) else "no host name"
         raise PeerUnavailable(f"no connection to {server.name}: {why}") from exc
-    with httpx.Client(
+    with httpx2.Client(
         base_url=server.url.rstrip("/") + "/",
         headers=headers,
         auth=auth,
         verify=verify,
-        timeout=httpx.Timeout(READ_S, connect=CONNECT_S),
+        timeout=httpx2.Timeout(READ_S, connect=CONNECT_S),
         follow_redirects=False,  # the token is for this server
         trust_env=False,  # nor does a proxy of the environment get to see a Patient ID
     ) as client:

@@ -1,6 +1,7 @@
 """C-STORE: objects to a peer, as they are stored, one after the other on one association."""
 
 import io
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from pynetdicom.presentation import PresentationContext
 from pynetdicom.status import STORAGE_SERVICE_CLASS_STATUS
 
 from dicomnode.config import Peer, Settings
-from dicomnode.errors import DicomError, PeerUnavailable
+from dicomnode.errors import DicomError, PeerUnavailable, TransientError
 from dicomnode.outgoing import Outgoing
 from dicomnode.scu.association import ANSWER_S, Link, associated, wait_paused
 from dicomnode.scu.transport import STALL_S
+
+logger = logging.getLogger(__name__)
 
 # PS3.5 section 10.1: whoever takes a SOP Class takes it in Implicit VR Little Endian.
 UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
@@ -43,6 +46,14 @@ class Stored:
             self.status in (0x0000, 0x0001, 0x0107, 0x0116) or 0xB000 <= self.status <= 0xBFFF
         )
 
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether the peer says that it takes nothing now, or nothing from us: PS3.4 B.2.3.
+
+        Refused: Out of Resources, and Refused: Not Authorized.
+        """
+        return self.status is not None and (self.status >> 8 == 0xA7 or self.status == 0x0124)
+
 
 def store(settings: Settings, peer: Peer, objects: Sequence[Outgoing]) -> list[Stored]:
     """Store objects at a peer, and return what it said to each, in their order.
@@ -54,16 +65,18 @@ def store(settings: Settings, peer: Peer, objects: Sequence[Outgoing]) -> list[S
     ConfigError
         If a file of `[tls]` cannot be used.
     """
-    with associated(settings, peer, storage_contexts(objects)) as link:
+    held = [(o.sop_class_uid, o.transfer_syntax_uid) for o in objects]
+    with associated(settings, peer, storage_contexts(held)) as link:
         return list(store_on(link, objects))
 
 
-def storage_contexts(objects: Iterable[Outgoing]) -> list[PresentationContext]:
-    """Return what to propose: each SOP Class in each syntax it is held in, then uncompressed.
+def storage_contexts(pairs: Iterable[tuple[str, str]]) -> list[PresentationContext]:
+    """Return what to propose for these SOP Classes and the transfer syntaxes they are held in.
 
-    A context of its own for each syntax held: of several in one, the peer chooses.
+    Each SOP Class in each syntax it is held in, then uncompressed. A context of its own for each
+    syntax held: of several in one, the peer chooses.
     """
-    held = dict.fromkeys((o.sop_class_uid, o.transfer_syntax_uid) for o in objects)
+    held = dict.fromkeys(pairs)
     classes = dict.fromkeys(sop_class_uid for sop_class_uid, _ in held)
     contexts = [build_context(*pair) for pair in held]
     contexts += [build_context(uid, list(UNCOMPRESSED)) for uid in classes]
@@ -111,12 +124,24 @@ def _as_accepted(outgoing: Outgoing, accepted: dict[str, int]) -> tuple[str, byt
     if not accepted:
         raise DicomError(f"the peer does not take SOP Class {UID(outgoing.sop_class_uid).name}")
     if outgoing.transfer_syntax_uid in accepted:
-        return outgoing.transfer_syntax_uid, data_set_of(outgoing.read())
+        return outgoing.transfer_syntax_uid, data_set_of(_read(outgoing))
     own = UID(outgoing.transfer_syntax_uid)
     syntax = next((s for s in UNCOMPRESSED if s in accepted), None)
     if syntax is None:
         raise DicomError(f"the peer does not take it in {own.name}, nor uncompressed")
-    return syntax, _converted(outgoing.read(), own, syntax)
+    return syntax, _converted(_read(outgoing), own, syntax)
+
+
+def _read(outgoing: Outgoing) -> bytes:
+    try:
+        return outgoing.read()
+    except (DicomError, TransientError):  # the database is away: nothing is wrong with the object
+        raise
+    except OSError as exc:  # a disk that fails, a file that may not be read
+        raise DicomError(f"cannot be read: {exc.strerror or type(exc).__name__}") from exc
+    except Exception as exc:  # one object must not stop those behind it
+        logger.exception("object not read", extra={"sop_instance_uid": outgoing.sop_instance_uid})
+        raise DicomError(f"cannot be read: {type(exc).__name__}") from exc
 
 
 def _converted(part10: bytes, own: UID, syntax: UID) -> bytes:

@@ -59,13 +59,18 @@ class Reports:
                 raise SpoolFull(f"{MAXIMUM} reports wait in {self.path}")
             name = f"{time.time_ns():020d}-{uuid.uuid4().hex}{_SUFFIX}"
             part = self.path / f".{name}.part"
-            fd = self._disk.create(part)
             try:
-                self._disk.write(fd, [json.dumps(asdict(report)).encode()], 0)
-                self._disk.sync_whole(fd)
-            finally:
-                os.close(fd)
-            self._disk.rename(part, self.path / name)
+                fd = self._disk.create(part)
+                try:
+                    self._disk.write(fd, [json.dumps(asdict(report)).encode()], 0)
+                    self._disk.sync_whole(fd)
+                finally:
+                    os.close(fd)
+                self._disk.rename(part, self.path / name)
+            except OSError:
+                with contextlib.suppress(OSError):  # a peer tries again and again on a full disk
+                    self._disk.unlink(part)
+                raise
             self._disk.sync_directory(self.path)
         except OSError as exc:
             raise SpoolFull(f"{self.path}: {exc.strerror}") from exc

@@ -4,6 +4,7 @@ Other modules see frozen values, never ORM rows. All writes of one call belong t
 caller's transaction.
 """
 
+from dicomnode.store.ages import newest_studies, study_times
 from dicomnode.store.answers import (
     count_offsets,
     count_quarantined,
@@ -65,7 +66,16 @@ from dicomnode.store.fetches import (
     settle_inquiry,
 )
 from dicomnode.store.hidden import rejected_of
-from dicomnode.store.holding import Forward, Wanting, slices_beside, wanting
+from dicomnode.store.holding import (
+    Forward,
+    Wanting,
+    Whose,
+    delivered_of_study,
+    have_any,
+    slices_beside,
+    wanting,
+    whose,
+)
 from dicomnode.store.identity import first_keys, hold_identity, patient_keys
 from dicomnode.store.intake import (
     claim_series,
@@ -96,10 +106,14 @@ from dicomnode.store.outbox import (
     drop_deliveries,
     fail_deliveries,
     hold_deliveries,
+    known_asks,
     list_deliveries,
     next_delivery_at,
+    note_unreached,
+    pull_back,
     requeue_deliveries,
     settle_delivery,
+    still_waits,
     waiting_for,
 )
 from dicomnode.store.pairs import offsets_of, pairs_of_fixed, pending_offsets, store_offsets, trust
@@ -193,6 +207,7 @@ __all__ = [
     "StoredOffset",
     "Tally",
     "Wanting",
+    "Whose",
     "arrivals_since",
     "ask_days",
     "ask_deliveries",
@@ -221,6 +236,7 @@ __all__ = [
     "curve_of",
     "curves_of",
     "dates_of_studies",
+    "delivered_of_study",
     "drop_deliveries",
     "end_association",
     "end_lost_associations",
@@ -235,6 +251,7 @@ __all__ = [
     "has_due",
     "has_lost_associations",
     "has_previews",
+    "have_any",
     "heights_of",
     "held_series",
     "hold_deliveries",
@@ -244,6 +261,7 @@ __all__ = [
     "is_waiting",
     "issuers_of",
     "kept_inputs",
+    "known_asks",
     "last_beat",
     "link_patients",
     "list_deliveries",
@@ -260,10 +278,12 @@ __all__ = [
     "mining_tables",
     "newest_id",
     "newest_series",
+    "newest_studies",
     "next_commitment_at",
     "next_completion",
     "next_delivery_at",
     "note_expected",
+    "note_unreached",
     "offsets_of",
     "open_series",
     "open_slices",
@@ -280,6 +300,7 @@ __all__ = [
     "preview_of",
     "previews_of",
     "prune_previews",
+    "pull_back",
     "put_off",
     "quiet_at",
     "reached",
@@ -307,8 +328,10 @@ __all__ = [
     "stale_series",
     "state_of",
     "statement_of",
+    "still_waits",
     "store_offsets",
     "studies_of",
+    "study_times",
     "take_message",
     "take_turn",
     "tally",
@@ -318,6 +341,7 @@ __all__ = [
     "unlink_patients",
     "waiting_for",
     "wanting",
+    "whose",
     "windows",
     "writing",
 ]

@@ -121,6 +121,7 @@ def record_uncommitted(
     delivery: Delivery,
     state: DeliveryState,
     due_at: datetime,
+    failed_at: datetime,
     reason: str,
 ) -> None:
     """Note that a peer does not keep what it was sent; where the state says so, it is sent again.
@@ -139,6 +140,7 @@ def record_uncommitted(
         .values(
             state=state,
             due_at=due_at,
+            failed_at=failed_at,
             reason=reason,
             commitment=Commitment.FAILED,
             commitment_due_at=None,

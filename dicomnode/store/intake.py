@@ -28,6 +28,7 @@ from dicomnode.store.hidden import without_rejected
 from dicomnode.store.identity import hold_identity
 from dicomnode.store.pairs import ask_offsets, drop_offsets
 from dicomnode.store.previews import keep_previews, take_previews
+from dicomnode.store.retelling import retell_pairs
 from dicomnode.store.rows import (
     SLICES,
     acquisition_values,
@@ -259,8 +260,10 @@ def finish_series(
         set_aside |= curve.left_out(outcome, claimed.slices)
     series.set_aside = {frame_key(*at): reason for at, reason in set_aside.items()}
     session.execute(delete(schema.Arrival).where(schema.Arrival.series_id == series_id))
-    drop_curve(session, series_id)
+    had_curve = drop_curve(session, series_id)
     if isinstance(outcome, Refusal):
+        if had_curve:
+            retell_pairs(session, [series.study_uid], now)
         _delete_slices(session, series_id, claimed.set_aside)
         series.state, series.reason = outcome.reason.state, outcome.reason
         return 0
@@ -298,11 +301,16 @@ def _record_series(
     series, is_new = _series_for_update(session, header, results[0].arrived_at)
     heard = moves.hear(session, series, results, is_new=is_new, alone=alone)
     speaker, moved = heard.speaker, heard.told is not None
+    # Its own images say at last what it was moved to: rules are to be asked anew, once all came.
+    confirmed = speaker is not None and series.moved_along and not moved
+    if confirmed:
+        series.moved_along = False
     if speaker and (moved or series.header is None or series.state != SeriesState.OPEN):
         _describe(series, speaker, moved, describe)
     if series.state != SeriesState.OPEN:
         known = _known_slices(session, series)
-        results = [r for r in results if not _is_known(r, model, known)]
+        if not confirmed:
+            results = [r for r in results if not _is_known(r, model, known)]
         if not results and not moved:
             return
         reopen(session, series)
@@ -534,7 +542,9 @@ def _parts(items: list[tuple[str, int]], size: int) -> list[list[tuple[str, int]
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def drop_curve(session: Session, series_id: int) -> None:
-    """Drop the curve of a Series, and the offsets of its pairs."""
-    session.execute(delete(schema.Curve).where(schema.Curve.series_id == series_id))
+def drop_curve(session: Session, series_id: int) -> bool:
+    """Drop the curve of a Series, and the offsets of its pairs; False where it had none."""
+    curves = delete(schema.Curve).where(schema.Curve.series_id == series_id)
+    dropped = session.scalars(curves.returning(schema.Curve.series_id)).all()
     drop_offsets(session, series_id)
+    return bool(dropped)

@@ -8,6 +8,7 @@ so, and what the Series was before: see docs/design/0013-who-is-one-patient.md.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
@@ -18,6 +19,7 @@ from dicomnode.errors import StoreUnavailable
 from dicomnode.model import PatientKey, SeriesState
 from dicomnode.store.identity import hold_identity
 from dicomnode.store.pairs import ask_offsets, drop_offsets
+from dicomnode.store.retelling import hold_images, retell_pairs, retell_reports
 from dicomnode.store.rows import instances
 from dicomnode.store.values import SliceResult
 
@@ -101,12 +103,15 @@ def move(session: Session, series: schema.Series, heard: Heard) -> None:
     patient_id, issuer, series.study_uid = heard.told
     _rename(series, PatientKey(patient_id, issuer))
     series.study_datetime = heard.speaker.header.study_datetime
+    series.moved_along = False
     drop_offsets(session, series.id)
+    now = heard.speaker.arrived_at
     if series.study_uid == study_before:
-        _move_study(session, series, before)
+        _move_study(session, series, before, now)
+    retell_pairs(session, [study_before, series.study_uid], now)
 
 
-def _move_study(session: Session, series: schema.Series, before: PatientKey) -> None:
+def _move_study(session: Session, series: schema.Series, before: PatientKey, now: datetime) -> None:
     """Take the other Series of a Study along to the patient that one of them was corrected to.
 
     A Study has one patient (PS3.3 A.1.2), and an archive may send again what changed alone. Series
@@ -141,6 +146,11 @@ def _move_study(session: Session, series: schema.Series, before: PatientKey) -> 
         curve = session.get(schema.Curve, other.id)
         if curve is not None and other.state == SeriesState.CURVE:
             ask_offsets(session, other, curve.model)
+    along = [other.series_uid for other in others]
+    retell_reports(session, along, now)
+    sent_on = hold_images(session, along, now)
+    for other in others:
+        other.moved_along = other.series_uid in sent_on
 
 
 def _rename(series: schema.Series, patient: PatientKey) -> None:
@@ -172,6 +182,7 @@ def _join(session: Session, series: schema.Series) -> None:
         for mate in mates:
             if own in (mate.former or []):
                 _rename(series, PatientKey(mate.patient_id, mate.issuer))
+                series.moved_along = True  # should rules want its images, they name the former one
                 return
 
 

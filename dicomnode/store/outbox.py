@@ -1,11 +1,11 @@
 """The outbox: what is to go where, and how that went."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Update, and_, func, literal, or_, select, update
 from sqlalchemy.orm import Session
 
 from db import schema
@@ -34,8 +34,9 @@ class Delivery:
     state: DeliveryState
     attempts: int
     asked_at: datetime
+    failed_at: datetime | None  # the first time since then
     due_at: datetime
-    done_at: datetime | None
+    done_at: datetime | None  # when it was delivered last, whatever it is asked for since
     reason: str | None
     sop_class_uid: str | None
     sop_instance_uid: str | None
@@ -44,10 +45,9 @@ class Delivery:
     commitment_attempts: int
 
 
-# Of an ask that was not served yet. What was sent last stays known by its UID.
-_NOT_SENT: dict[str, Any] = {
+# Of an ask that was not served yet. What was sent last stays known, by its UID and its time.
+NOT_SENT: dict[str, Any] = {
     "reason": None,
-    "done_at": None,
     "transaction_uid": None,
     "commitment": None,
     "commitment_due_at": None,
@@ -73,7 +73,8 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
             "asked_at": now,
             "due_at": due_at,
         }
-        anew = {k: values[k] for k in ("state", "attempts", "asked_at", "due_at")} | _NOT_SENT
+        anew = {k: values[k] for k in ("state", "attempts", "asked_at", "due_at")}
+        anew |= {**NOT_SENT, "failed_at": None}
         statement = insert(session, schema.Delivery).values(values)
         session.execute(
             statement.on_conflict_do_update(
@@ -81,6 +82,15 @@ def ask_deliveries(session: Session, asks: Sequence[Ask], now: datetime, due_at:
                 set_={**anew, "version": schema.Delivery.version + 1},
             )
         )
+
+
+def known_asks(session: Session, asks: Collection[Ask]) -> set[Ask]:
+    """Return those of some asks that were asked for before, whatever became of them."""
+    rows = schema.Delivery
+    columns = rows.kind, rows.destination, rows.subject, rows.other, rows.rule
+    subjects = sorted({ask.subject for ask in asks})
+    found = session.execute(select(*columns).where(rows.subject.in_(subjects)))
+    return {Ask(DeliveryKind(kind), *what) for kind, *what in found} & set(asks)
 
 
 def claim_deliveries(
@@ -118,16 +128,17 @@ def claim_deliveries(
     return taken
 
 
+def still_waits(session: Session, delivery: Delivery) -> bool:
+    """Whether what was taken is still to be sent: neither dropped nor asked for anew meanwhile."""
+    waits = schema.Delivery.state == DeliveryState.WAITING
+    query = select(schema.Delivery.id).where(any_of([delivery]), waits)
+    return session.scalar(query) is not None
+
+
 def hold_deliveries(session: Session, deliveries: Sequence[Delivery], due_at: datetime) -> None:
     """Keep what was taken hidden from others for longer; what was asked for anew is not ours."""
-    session.execute(
-        update(schema.Delivery)
-        .where(
-            any_of(deliveries),
-            schema.Delivery.state == DeliveryState.WAITING,
-        )
-        .values(due_at=due_at)
-    )
+    waits = schema.Delivery.state == DeliveryState.WAITING
+    session.execute(_free(any_of(deliveries), waits).values(due_at=due_at))
 
 
 def settle_delivery(
@@ -138,37 +149,52 @@ def settle_delivery(
     *,
     due_at: datetime | None = None,
     attempts: int | None = None,
+    failed_at: datetime | None = None,
     commitment_due_at: datetime | None = None,
     reason: str | None = None,
     sop_class_uid: str | None = None,
     sop_instance_uid: str | None = None,
 ) -> bool:
-    """Note how an attempt went; False where it was asked for anew meanwhile, and waits for that.
+    """Note how an attempt went; False where it was asked for anew or dropped meanwhile.
+
+    What was given up meanwhile, and arrived all the same, did arrive.
 
     `due_at` is the time of the next attempt, where the state is `WAITING`; `attempts` sets their
-    number back, where this was none. `commitment_due_at` is when the peer is to be asked for its
+    number back, where this was none; `failed_at` is when the first one failed, None: as it was.
+    `commitment_due_at` is when the peer is to be asked for its
     commitment, None where it is not.
     """
     values = {
-        **_NOT_SENT,
+        **NOT_SENT,
         "state": state,
         "reason": reason,
         "due_at": due_at or now,
-        "done_at": now if state is DeliveryState.DONE else None,
     }
+    replaced = [DeliveryState.WAITING]
+    if state is not DeliveryState.WAITING:
+        replaced.append(DeliveryState.FAILED)
+    if state is DeliveryState.DONE:
+        values["done_at"] = now
     if attempts is not None:
         values["attempts"] = attempts
+    if failed_at is not None:
+        values["failed_at"] = failed_at
     if commitment_due_at is not None:
         values |= {"commitment": Commitment.WANTED, "commitment_due_at": commitment_due_at}
     if sop_instance_uid is not None:
         values |= {"sop_class_uid": sop_class_uid, "sop_instance_uid": sop_instance_uid}
     found = session.execute(
         update(schema.Delivery)
-        .where(any_of([delivery]))
+        .where(any_of([delivery]), schema.Delivery.state.in_(replaced))
         .values(values)
         .returning(schema.Delivery.id)
     )
-    return found.scalar() is not None
+    if found.scalar() is not None:
+        return True
+    if state is DeliveryState.DONE:  # who was told is to hear of what it became since
+        told = update(schema.Delivery).where(schema.Delivery.id == delivery.id)
+        session.execute(told.values(done_at=now))
+    return False
 
 
 def list_deliveries(
@@ -225,20 +251,48 @@ def fail_deliveries(
     kind: DeliveryKind | None = None,
     rule: str | None = None,
     asked_before: datetime | None = None,
+    failed_before: datetime | None = None,
+    attempts: int = 0,
 ) -> int:
-    """Give up what waits for a destination, or some of it, and return how many that were."""
-    statement = update(schema.Delivery).where(
-        schema.Delivery.state == DeliveryState.WAITING,
-        schema.Delivery.destination == destination,
-    )
+    """Give up what waits for a destination, or some of it, and return how many that were.
+
+    With `failed_before` what was tried at least so often, and failed by then for the first time.
+    """
+    rows = schema.Delivery
+    wanted = [rows.state == DeliveryState.WAITING, rows.destination == destination]
     if kind is not None:
-        statement = statement.where(schema.Delivery.kind == kind)
+        wanted.append(rows.kind == kind)
     if rule is not None:
-        statement = statement.where(schema.Delivery.rule == rule)
+        wanted.append(rows.rule == rule)
     if asked_before is not None:
-        statement = statement.where(schema.Delivery.asked_at <= asked_before)
-    failed = statement.values(state=DeliveryState.FAILED, reason=reason, due_at=now)
-    return len(session.scalars(failed.returning(schema.Delivery.id)).all())
+        wanted.append(rows.asked_at <= asked_before)
+    if failed_before is not None:
+        wanted += [rows.failed_at <= failed_before, rows.attempts >= attempts]
+    failed = _free(*wanted).values(state=DeliveryState.FAILED, reason=reason, due_at=now)
+    return len(session.scalars(failed.returning(rows.id)).all())
+
+
+def note_unreached(session: Session, destination: str, now: datetime, reason: str) -> None:
+    """Count an attempt of all that is due: nothing of it could be brought to its destination."""
+    rows = schema.Delivery
+    due = rows.state == DeliveryState.WAITING, rows.destination == destination, rows.due_at <= now
+    values = {
+        "attempts": rows.attempts + 1,
+        "failed_at": func.coalesce(rows.failed_at, literal(now, schema.UTCDateTime())),
+        "reason": reason,
+    }
+    session.execute(_free(*due).values(values))
+
+
+def pull_back(session: Session, destination: str, now: datetime, after: datetime) -> int:
+    """Make due now what is due later than nothing can be, and return how many that were.
+
+    So it is where the clock was set back.
+    """
+    rows = schema.Delivery
+    late = rows.state == DeliveryState.WAITING, rows.destination == destination, rows.due_at > after
+    pulled = _free(*late).values(due_at=now)
+    return len(session.scalars(pulled.returning(rows.id)).all())
 
 
 def requeue_deliveries(
@@ -260,9 +314,10 @@ def requeue_deliveries(
         update(schema.Delivery)
         .where(chosen)
         .values(
-            **_NOT_SENT,
+            **NOT_SENT,
             state=DeliveryState.WAITING,
             attempts=0,
+            failed_at=None,
             asked_at=now,
             due_at=now,
             version=schema.Delivery.version + 1,
@@ -310,6 +365,17 @@ def count_deliveries(session: Session) -> dict[DeliveryState, int]:
     return {DeliveryState(state): count for state, count in rows}
 
 
+def _free(*where: ColumnElement[bool]) -> Update:
+    """Return the update of such rows, but for those that another transaction holds.
+
+    Those are asked for anew at this moment, or settled. To wait for them would be a deadlock: who
+    asks takes rows in an order of its own.
+    """
+    rows = schema.Delivery
+    ids = select(rows.id).where(*where).with_for_update(skip_locked=True)
+    return update(rows).where(rows.id.in_(ids)).execution_options(synchronize_session=False)
+
+
 def any_of(deliveries: Sequence[Delivery]) -> Any:
     """Those deliveries, as they were asked for when they were taken."""
     return or_(
@@ -328,6 +394,7 @@ def delivery_of(row: schema.Delivery) -> Delivery:
         state=DeliveryState(row.state),
         attempts=row.attempts,
         asked_at=row.asked_at,
+        failed_at=row.failed_at,
         due_at=row.due_at,
         done_at=row.done_at,
         reason=row.reason,

@@ -48,7 +48,7 @@ def ask_offsets(session: Session, series: schema.Series, model: str) -> int:
     keys = [key] if group is None else members_of(session, group)
     rows: list[dict[str, Any]] = []
     waiting = 0
-    for other, study, when, other_model in _curves_of_keys(session, keys):
+    for other, study, when, other_model in curves_of_keys(session, keys):
         if study == series.study_uid:
             continue
         # Both time directions: whichever study is newer is fixed, however late the prior came.
@@ -76,7 +76,7 @@ def ask_offsets_between(
     session: Session, ours: Sequence[PatientKey], theirs: Sequence[PatientKey], now: datetime
 ) -> int:
     """Write the work that one patient of two brings: every curve of one with those of the other."""
-    mine, others = _curves_of_keys(session, ours), _curves_of_keys(session, theirs)
+    mine, others = curves_of_keys(session, ours), curves_of_keys(session, theirs)
     counts = Counter((study, model) for _, study, _, model in others)
     models = Counter(model for *_, model in others)
     waiting = sum(models[model] - counts[study, model] for _, study, _, model in mine)
@@ -147,7 +147,7 @@ def _insert_between(
         .where(
             of_keys(one.patient_id, one.issuer, ours),
             of_keys(other.patient_id, other.issuer, theirs),
-            # Joined to nothing, so that no index of it is taken: see `_curves_of_keys`.
+            # Joined to nothing, so that no index of it is taken: see `curves_of_keys`.
             *((s.state + "") == str(SeriesState.CURVE) for s in (one, other)),
         )
     )
@@ -155,7 +155,7 @@ def _insert_between(
     return new.on_conflict_do_nothing()
 
 
-def _curves_of_keys(
+def curves_of_keys(
     session: Session, keys: Sequence[PatientKey]
 ) -> list[tuple[int, str, datetime | None, str]]:
     """Return Series, Study, its time and bundle of each finished curve of a patient."""

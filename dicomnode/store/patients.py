@@ -18,6 +18,7 @@ from dicomnode.model import DeliveryKind, DeliveryState, PatientKey
 from dicomnode.store.fetches import AskPriors, ask_priors_of
 from dicomnode.store.identity import hold_identity, of_keys, patient_keys, regroup
 from dicomnode.store.pairs import ask_offsets_between, drop_offsets_between, series_of_keys
+from dicomnode.store.retelling import retell
 from dicomnode.store.session import insert
 
 UNLINKED = "not one patient any more"
@@ -216,9 +217,9 @@ def _links_between(
 def _drop_deliveries(
     session: Session, ours: Sequence[PatientKey], theirs: Sequence[PatientKey], now: datetime
 ) -> int:
-    """Drop what waits to go out about Studies of two patients; return registrations that are out.
+    """Drop registrations that wait, of Studies of two patients; return how many are out.
 
-    What is on its way at this moment may still arrive.
+    What is on its way at this moment may still arrive. Webhooks are told that the pairs are gone.
     """
     rows, study_uid = schema.Delivery, schema.Series.study_uid
     mine, others = series_of_keys(ours, study_uid), series_of_keys(theirs, study_uid)
@@ -230,14 +231,27 @@ def _drop_deliveries(
     out = 0
     for fixed, moving in ((only_mine, only_others), (only_others, only_mine)):
         about = and_(rows.subject.in_(fixed), rows.other.in_(moving))
+        retell(session, now, rows.kind == DeliveryKind.WEBHOOK, about)
+        about = and_(about, rows.kind == DeliveryKind.REGISTRATION)
         session.execute(
             update(rows)
             .where(about, rows.state == DeliveryState.WAITING)
-            .values(state=DeliveryState.DROPPED, reason=UNLINKED, done_at=now)
+            .values(
+                state=DeliveryState.DROPPED,
+                reason=UNLINKED,
+                due_at=now,
+                version=rows.version + 1,  # what is being sent at this moment settles nothing
+            )
             .execution_options(synchronize_session=False)
         )
-        sent = about, rows.state == DeliveryState.DONE, rows.kind == DeliveryKind.REGISTRATION
+        sent = about, rows.done_at.is_not(None)
         out += session.scalar(select(func.count()).select_from(rows).where(*sent)) or 0
+        session.execute(  # what is done stays so, but for what a person is to know of it
+            update(rows)
+            .where(about, rows.state == DeliveryState.DONE)
+            .values(reason=UNLINKED)
+            .execution_options(synchronize_session=False)
+        )
     return out
 
 

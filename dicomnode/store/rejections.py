@@ -11,6 +11,7 @@ from dicomnode.model import Reason, Rejection, SeriesState
 from dicomnode.store.hidden import lock_rejections, rejected_of
 from dicomnode.store.identity import hold_identity
 from dicomnode.store.intake import drop_curve, frame_of_key, reopen
+from dicomnode.store.retelling import retell_pairs
 from dicomnode.store.rows import instances
 from dicomnode.store.session import insert_new, upsert
 
@@ -102,7 +103,8 @@ def _hide(
         return None
     if series.state != SeriesState.OPEN:
         reopen(session, series)
-    drop_curve(session, series.id)
+    if drop_curve(session, series.id):
+        retell_pairs(session, [series.study_uid], arrived_at)
     for start in range(0, len(found), 10_000):
         session.execute(
             update(schema.Slice)

@@ -36,10 +36,14 @@ class KnownSource:
         made_at = self.computed_at.astimezone()
         return Origin(self.curve.model, self.model_name, made_at, str(self.revision))
 
-    def origin_with(self, moving: "KnownSource", computed_at: datetime) -> Origin:
-        """Of an object about the offset of a moving Series onto this one."""
+    def origin_with(self, moving: "KnownSource") -> Origin:
+        """Of an object about the offset of a moving Series onto this one.
+
+        Of the time of the later curve: from the same two the same offset may be computed again.
+        """
+        made_at = max(self.computed_at, moving.computed_at).astimezone()
         revision = f"{self.revision}.{moving.revision}"
-        return Origin(self.curve.model, self.model_name, computed_at.astimezone(), revision)
+        return Origin(self.curve.model, self.model_name, made_at, revision)
 
 
 def source_of(session: Session, series_uid: str) -> KnownSource | None:

@@ -79,7 +79,7 @@ def registration(
     found = _accepted(_pair(caller, "registration", fixed, moving, method))
     engine = caller.part.engine
     known, prior = (query.source_of(engine, c) for c in (found.fixed, found.moving))
-    origin = known.origin_with(prior, found.stored.computed_at)
+    origin = known.origin_with(prior)
     ds = objects.registration(known.source, prior.source, found.stored.offset, origin)
     content = BytesIO()
     ds.save_as(content, enforce_file_format=True)

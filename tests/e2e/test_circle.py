@@ -64,6 +64,7 @@ SETTINGS = f"""\
 registration = ["{pacs.AE_TITLE}"]
 report = ["{pacs.AE_TITLE}"]
 settle_seconds = 1
+recent_days = 0
 [priors]
 recent_days = 0  # phantoms were scanned long ago
 years = 100

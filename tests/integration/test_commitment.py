@@ -1,6 +1,7 @@
 """Storage Commitment: asked, answered on either association, failed, and never answered."""
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -360,6 +361,24 @@ def test_a_peer_that_refuses_the_question_still_gets_what_is_due(node, tmp_path,
 
 
 @on_sqlite
+def test_what_was_never_asked_is_not_unanswered(node, tmp_path, clock):
+    with archive(*OURS, commitment=True) as pacs:
+        settings = settings_for(pacs.port, tmp_path)
+        arrive(node, settings, clock.now, FIXED)
+        to_peer(settings, node, clock).step(clock.pass_(seconds=SETTLE_S))
+        pacs.stop()
+        service = to_peer(settings, node, clock)
+        tries = sum(bool(service.step(clock.pass_(hours=1))) for _ in range(80))  # and it is away
+        assert states(node) == {(DeliveryState.DONE, Commitment.WANTED)}
+        assert tries >= 70 and service.step(clock.pass_(minutes=59)) == 0  # once an hour by now
+        pacs.start()
+        service.step(clock.pass_(minutes=2))
+        assert states(node) == {(DeliveryState.DONE, Commitment.ASKED)} and len(pacs.actions) == 1
+        service.step(clock.pass_(hours=2))
+    assert states(node) == {(DeliveryState.DONE, Commitment.UNANSWERED)}
+
+
+@on_sqlite
 def test_a_forger_commits_nobody(node, tmp_path, clock):
     with archive(*OURS, commitment=True) as pacs:
         settings = settings_for(pacs.port, tmp_path)
@@ -413,6 +432,18 @@ def test_a_report_is_synced_before_it_has_its_name(tmp_path):
     (path,) = reports.pending(10)
     assert reports.read(path) == REPORT
     assert os.stat(path).st_mode & 0o077 == 0
+
+
+def test_a_full_disk_is_not_filled_with_halves(tmp_path):
+    class Full(Disk):
+        def write(self, *arguments: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    reports = Reports(tmp_path, Full())
+    for _ in range(3):
+        with pytest.raises(SpoolFull, match="No space left"):
+            reports.put(REPORT)
+    assert list(reports.path.iterdir()) == []
 
 
 def test_what_was_left_half_written_goes_in_time(tmp_path):

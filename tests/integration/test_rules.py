@@ -696,6 +696,8 @@ def test_a_dead_letter_keeps_its_pixels_for_rule_days(node, caplog):
     node.settle("all", DeliveryState.FAILED, now - timedelta(days=2.9))
     node.work()
     assert node.held == sent
+    with store.writing(node.engine) as session:
+        assert store.requeue_deliveries(session, now)
     node.settle("all", DeliveryState.FAILED, now - timedelta(days=3.1))
     node.work()
     assert node.held == {}
@@ -756,17 +758,27 @@ def test_on_a_disk_that_is_short_dead_letters_go_and_nothing_that_waits(node, mo
 
 
 @on_sqlite
-def test_what_the_database_does_not_know_goes_after_a_day(node):
-    node.start(NEVER)
+def test_what_the_database_does_not_know_waits_for_a_person_while_there_is_room(node, caplog):
+    node.start(NEVER, rule_days=3)
     file = node.folder / "spool" / "held" / "1.2.9" / "1.2.10" / "1.2.11.dcm"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"of a database that is gone")
-    node.work()
-    assert node.held
-    yesterday = datetime.now(UTC).timestamp() - 90_000
-    os.utime(file.parent, (yesterday, yesterday))
-    node.work()
-    assert node.held == {}
+
+    def left(days: float, watermark_bytes: int = 0) -> bool:
+        then = datetime.now(UTC).timestamp() - days * 86_400
+        os.utime(file.parent, (then, then))
+        node.worker._sweep.watermark_bytes = watermark_bytes
+        node.work()
+        return file.exists()
+
+    assert left(0.9, 1 << 62)  # it may be stored this moment
+    assert left(2.9)
+    assert not left(3.1)
+    (told,) = (r for r in caplog.records if r.message == "pixels given up")
+    assert vars(told)["reason"] == "the database does not know it"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"of a database that is gone")
+    assert not left(1.1, 1 << 62)
 
 
 # Kept for good

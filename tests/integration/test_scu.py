@@ -279,7 +279,8 @@ def test_an_association_is_released_or_after_an_error_aborted():
         (evt.EVT_ABORTED, lambda event: ends.append("aborted")),
     ]
     with archive(CTImageStorage, handlers=handlers) as pacs:
-        contexts = storage_contexts([outgoing(ct_dataset())])
+        sent = outgoing(ct_dataset())
+        contexts = storage_contexts([(sent.sop_class_uid, sent.transfer_syntax_uid)])
         with associated(SETTINGS, pacs.peer, contexts):
             pass
         with pytest.raises(ZeroDivisionError), associated(SETTINGS, pacs.peer, contexts):

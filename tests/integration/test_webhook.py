@@ -19,8 +19,9 @@ from dicomnode import log, store
 from dicomnode.config import Settings
 from dicomnode.errors import ConfigError
 from dicomnode.model import DeliveryState
-from dicomnode.node.deliver import Deliver, ToWebhook
+from dicomnode.node.deliver import Deliver
 from dicomnode.outgoing import webhook
+from dicomnode.outgoing.to_webhook import ToWebhook
 from tests.deliveries import (
     FIXED,
     MOVING,
@@ -280,7 +281,7 @@ def test_nothing_of_the_path_is_logged(node, tmp_path, clock, caplog):
     assert every(node)[0].state is DeliveryState.WAITING
     assert any(r.getMessage() == "destination not reached" for r in caplog.records)
     with Hook() as hook:
-        webhook.post(hook.url, {}, "1.1", None, clock.now)  # of which httpx would tell
+        webhook.post(hook.url, {}, "1.1", None, clock.now)  # of which httpx2 would tell
     logged = [r for r in caplog.records if log._may_pass(r)]
     said = " ".join(f"{r.getMessage()} {vars(r)}" for r in logged)
     assert "t0ps3cret" not in said and "t0ps3cret" not in (every(node)[0].reason or "")

@@ -188,6 +188,23 @@ def test_another_revision_or_bundle_is_another_object(origin):
     assert UID(second.SOPInstanceUID).is_valid
 
 
+@pytest.mark.parametrize(
+    ("series", "made", "regions"),
+    [
+        (replace(SERIES, patient_id="4712"), straight(60.0, 350.0), REGIONS),
+        (replace(SERIES, issuer_of_patient_id="OTHER"), straight(60.0, 350.0), REGIONS),
+        (replace(SERIES, accession_number="A2"), straight(60.0, 350.0), REGIONS),
+        (SERIES, straight(60.0, 350.5), REGIONS),
+        (SERIES, straight(60.0, 350.0), REGIONS[:1]),
+    ],
+)
+def test_whatever_it_says_else_it_is_another_object(series, made, regions):
+    first = coverage_report(SERIES, straight(60.0, 350.0), REGIONS, ORIGIN)
+    second = coverage_report(series, made, regions, ORIGIN)
+    assert first.SOPInstanceUID != second.SOPInstanceUID
+    assert first.SeriesInstanceUID != second.SeriesInstanceUID
+
+
 @pytest.mark.parametrize("wrong", [source("1.2.4", 30), source("1.2.3", 29)])
 def test_a_curve_of_something_else_is_refused(wrong):
     with pytest.raises(ObjectError, match="Series 1"):

@@ -278,6 +278,13 @@ CHANGES = {
     "another bundle": (FIXED, MOVING, XYZ, replace(ORIGIN, model="f" * 64)),
     "another revision": (FIXED, MOVING, XYZ, replace(ORIGIN, revision="2.1")),
     "one slice more": (source("1.2.3", 13), MOVING, XYZ, ORIGIN),
+    "another patient": (replace(FIXED, patient_id="4712"), MOVING, XYZ, ORIGIN),
+    "another issuer": (replace(FIXED, issuer_of_patient_id="OTHER"), MOVING, XYZ, ORIGIN),
+    "another name": (replace(FIXED, patient_name="Test^Other"), MOVING, XYZ, ORIGIN),
+    "another accession number": (replace(FIXED, accession_number="A2"), MOVING, XYZ, ORIGIN),
+    "a prior of another day": (FIXED, replace(MOVING, study_date="20240116"), XYZ, ORIGIN),
+    "another offset": (FIXED, MOVING, replace(XYZ, offset_mm=33.5), ORIGIN),
+    "another spread": (FIXED, MOVING, replace(XYZ, sigma_mm=4.3), ORIGIN),
 }
 
 
@@ -298,10 +305,10 @@ def test_uids_of_objects_are_uuids_of_what_they_are_about():
     assert modules.uid_of("a") != modules.uid_of("a", "")
 
 
-def test_when_it_was_made_does_not_change_which_object_it_is():
+def test_what_was_made_at_another_time_says_so_and_is_another_object():
     later = replace(ORIGIN, made_at=MADE_AT + timedelta(days=1))
     first, second = (registration(FIXED, MOVING, XYZ, o) for o in (ORIGIN, later))
-    assert first.SOPInstanceUID == second.SOPInstanceUID
+    assert first.SOPInstanceUID != second.SOPInstanceUID
     assert (first.ContentDate, second.ContentDate) == ("20260301", "20260302")
 
 

@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("asked_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("failed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("due_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("done_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("reason", sa.Text(), nullable=True),
@@ -34,4 +35,5 @@ def upgrade() -> None:
     )
     op.create_index("ix_delivery_state_due_at", "delivery", ["state", "due_at"])
     op.create_index("ix_delivery_subject", "delivery", ["subject"])
+    op.create_index("ix_delivery_other", "delivery", ["other"])
     op.create_index("ix_delivery_transaction_uid", "delivery", ["transaction_uid"])
