@@ -2,6 +2,8 @@
 
 from functools import lru_cache
 
+from dicomnode.model import PatientKey
+
 # A link to one of these would make all who were ever registered so one patient.
 COMMON = (
     "0",
@@ -49,3 +51,8 @@ def is_placeholder(patient_id: str, names: tuple[str, ...]) -> bool:
     """Whether a Patient ID stands for nobody: one of these names, or without letter and digit."""
     plain = spelled(patient_id)
     return not plain or plain in {spelled(name) for name in names}
+
+
+def named(patient: PatientKey, names: tuple[str, ...]) -> PatientKey:
+    """Return who an image with this key is of: nobody, where the Patient ID is a placeholder."""
+    return PatientKey("") if is_placeholder(patient.patient_id, names) else patient

@@ -36,7 +36,6 @@ from dicomnode.errors import (
 )
 from dicomnode.held import Held, Pixels
 from dicomnode.model import (
-    PatientKey,
     Reason,
     Rejection,
     Scores,
@@ -399,9 +398,8 @@ class ScoreStage:
 
     def _named(self, header: SliceHeader) -> SliceHeader:
         """Return a header in which a placeholder is nobody: else all who have it were one."""
-        if placeholder.is_placeholder(header.patient.patient_id, self.placeholders):
-            return replace(header, patient=PatientKey(""))
-        return header
+        patient = placeholder.named(header.patient, self.placeholders)
+        return header if patient is header.patient else replace(header, patient=patient)
 
     def _describe(
         self, sound: Mapping[str, SpooledInstance], result: store.SliceResult

@@ -53,7 +53,7 @@ def make(engine: Engine, settings: Settings, delivery: Delivery) -> Sequence[Out
     if not chosen:
         raise Nothing(f"no slice that is held shows {rule.region}")
     told = {uid: _identity(files[uid]) for uid in chosen}
-    standing = Standing(engine, found.series_uid, chosen)
+    standing = Standing(engine, found.series_uid, chosen, settings.node.placeholder_ids)
     for one in told.values():  # before anything is sent: as one patient's, or not at all
         standing.check(one)
     others = circle.of_others(told, delivery.what.destination)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from sqlalchemy import Engine
 
 from dicomnode import store
+from dicomnode.core import placeholder
 from dicomnode.dicomio import Identity
 from dicomnode.errors import DicomError
 
@@ -23,8 +24,15 @@ OTHER = (
 class Standing:
     """What the database says of some Instances of one Series, not older than `LOOK_S`."""
 
-    def __init__(self, engine: Engine, series_uid: str, sop_instance_uids: Iterable[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        series_uid: str,
+        sop_instance_uids: Iterable[str],
+        placeholders: tuple[str, ...] = (),
+    ) -> None:
         self._engine, self._series_uid = engine, series_uid
+        self._placeholders = placeholders  # Patient IDs that are nobody's
         self._uids = frozenset(sop_instance_uids)
         self._looked_at: float | None = None
         self._whose: store.Whose | None = None
@@ -45,9 +53,13 @@ class Standing:
             self._whose is None
             or told.series_uid != self._series_uid
             or told.sop_instance_uid not in self._uids
-            or not self._whose.has(told.study_uid, told.patient)
+            or not self._is_of(self._whose, told)
         ):
             raise DicomError(OTHER)
+
+    def _is_of(self, whose: store.Whose, told: Identity) -> bool:
+        nobody = placeholder.named(told.patient, self._placeholders)
+        return any(whose.has(told.study_uid, patient) for patient in (told.patient, nobody))
 
     def _look(self) -> None:
         now = time.monotonic()

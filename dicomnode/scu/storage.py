@@ -41,9 +41,13 @@ class Stored:
 
     @property
     def ok(self) -> bool:
-        """Whether the peer has it; a warning says so, and how it altered it (PS3.4 B.2.3)."""
+        """Whether the peer has it; a warning says so, and how it altered it (PS3.4 B.2.3).
+
+        As does 0111, duplicate SOP Instance (PS3.7 Annex C): some answer so to what they have.
+        """
         return self.status is not None and (
-            self.status in (0x0000, 0x0001, 0x0107, 0x0116) or 0xB000 <= self.status <= 0xBFFF
+            self.status in (0x0000, 0x0001, 0x0107, 0x0111, 0x0116)
+            or 0xB000 <= self.status <= 0xBFFF
         )
 
     @property

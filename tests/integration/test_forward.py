@@ -125,6 +125,13 @@ def test_a_correction_that_broke_off_sends_nothing_until_the_rest_has_come(node,
 
 
 @on_sqlite
+def test_images_of_nobody_go_out_as_they_came(node):
+    node.start(ALL)
+    node.receive(*few(PatientID="UNKNOWN"))
+    assert patients(make(node)) == ["UNKNOWN"] * SLICES
+
+
+@on_sqlite
 def test_images_of_keys_that_are_linked_are_of_one_patient(node):
     node.start(ALL)
     node.receive(*few(**WRONG))

@@ -112,15 +112,15 @@ def test_what_cannot_be_decoded_is_told_and_the_rest_goes():
 
 
 def test_each_object_has_its_own_status():
-    objects = [outgoing(ct_dataset()) for _ in range(5)]
+    objects = [outgoing(ct_dataset()) for _ in range(6)]
     with archive(CTImageStorage) as pacs:
-        pacs.answers = [0xA700, 0xB000, 0xC123, 0xA900, 0x0000]
+        pacs.answers = [0xA700, 0xB000, 0x0111, 0xC123, 0xA900, 0x0000]
         answers = store(SETTINGS, pacs.peer, objects)
-    assert [a.ok for a in answers] == [False, True, False, False, True]
+    assert [a.ok for a in answers] == [False, True, True, False, False, True]
     assert answers[0].reason == "A700 Refused: Out of Resources"
-    assert answers[2].reason == "C123 Cannot Understand"
-    assert answers[3].reason == "A900 Data Set Does Not Match SOP Class"
-    assert len({id(a) for a in answers}) == 5 and pacs.associations == 1
+    assert answers[3].reason == "C123 Cannot Understand"
+    assert answers[4].reason == "A900 Data Set Does Not Match SOP Class"
+    assert len({id(a) for a in answers}) == 6 and pacs.associations == 1
 
 
 def test_a_large_object_goes_in_small_pdus_whatever_the_peer_says_it_takes():
