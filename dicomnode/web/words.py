@@ -40,6 +40,7 @@ FLAGS = {
     Flag.SLICES_REFUSED: "slices were set aside",
     Flag.OTHER_MODEL: "slices of another bundle left out",
     Flag.PATIENT_POSITION: "Patient Position says otherwise",
+    Flag.TILT: "tilted, and where the body lies is not known",
 }
 
 
