@@ -175,7 +175,7 @@ UNSOUND: dict[str, tuple[dict[str, Any], Reason | None]] = {
     "no pixel data": ({"PixelData": None}, Reason.PIXEL_DATA),
     "Rows 0": ({"Rows": 0}, Reason.PIXEL_DATA),
     "4 Gpixel": ({"Rows": 65535, "Columns": 65535}, Reason.PIXEL_DATA),
-    "three samples": ({"SamplesPerPixel": 3}, Reason.NOT_CT_IMAGE),
+    "three samples": ({"SamplesPerPixel": 3}, Reason.NOT_CT),
     "a slope that is NaN": ({"RescaleSlope": "NaN"}, None),
     "a huge intercept": ({"RescaleIntercept": "1e300"}, None),
     "spacing 1e-30": ({"PixelSpacing": ["1e-30", "1e-30"]}, None),
