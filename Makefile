@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Files of tests at a time: most of them wait for sockets and timers.
-JOBS ?= 2
+JOBS ?= 3
 
 .PHONY: demo test check bench clean
 

@@ -96,20 +96,55 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """URL of an empty database of the test's own; the test runs once on each kind."""
+    """URL of a database of the test's own; the test runs once on each kind.
+
+    It is empty, but for tests that ask for `engine` as well: theirs has the tables.
+    """
+    ready = "engine" in request.fixturenames
     if request.param == "sqlite":
+        if ready:
+            shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "node.sqlite")
         yield f"sqlite:///{tmp_path / 'node.sqlite'}"
         return
-    with postgres_database(request.getfixturevalue("postgres_url")) as url:
+    template = request.getfixturevalue("postgres_template") if ready else None
+    with postgres_database(request.getfixturevalue("postgres_url"), template) as url:
         yield url
 
 
+# To make all tables costs more than most tests do.
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with all tables, to be copied."""
+    path = tmp_path_factory.mktemp("template") / "node.sqlite"
+    _upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str) -> Iterator[str]:
+    """Name of a database with all tables, to be copied."""
+    with postgres_database(postgres_url) as url:
+        _upgrade(url)
+        name = make_url(url).database
+        assert name is not None
+        yield name
+
+
+def _upgrade(url: str) -> None:
+    engine = engines.create(url)
+    migrate.upgrade(engine)
+    engine.dispose()
+
+
 @contextmanager
-def postgres_database(server: str) -> Iterator[str]:
-    """Give the URL of an empty Postgres database, dropped at the end."""
+def postgres_database(server: str, template: str | None = None) -> Iterator[str]:
+    """Give the URL of a Postgres database, empty or a copy of another; it is dropped at the end."""
     name = f"test_{uuid.uuid4().hex[:16]}"
+    create = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+        sql.Identifier(name), sql.Identifier(template or "template1")
+    )
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        connection.execute(create)
     try:
         yield make_url(server).set(database=name).render_as_string(hide_password=False)
     finally:
@@ -120,13 +155,10 @@ def postgres_database(server: str) -> Iterator[str]:
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """An upgraded database of the test's own, on each kind."""
+    """A database of the test's own with all tables, of each kind."""
     engine = engines.create(database_url)
-    try:
-        migrate.upgrade(engine)
-        yield engine
-    finally:
-        engine.dispose()
+    yield engine
+    engine.dispose()
 
 
 def _postgres_binaries() -> Path | None:
