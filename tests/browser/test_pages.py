@@ -229,7 +229,9 @@ def test_what_a_question_finds_is_counted_listed_and_saved(tab):
 def test_each_example_is_a_question(tab):
     shown = tab()
     PAGES["question"](shown)
-    for k in range(shown.page.locator(".examples button").count()):
+    count = shown.page.locator(".examples button").count()
+    assert count > 0
+    for k in range(count):
         PAGES["question"](shown)
         shown.page.locator(".examples button").nth(k).click()
         shown.page.wait_for_selector("#found-heading")

@@ -11,9 +11,9 @@ set -euo pipefail
 mount --make-rprivate /
 mkdir -p /mnt
 mount -t tmpfs tmpfs /mnt
-mkdir /mnt/upper /mnt/work /mnt/root
-mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
-cd /mnt/root
+mkdir /mnt/upper /mnt/scratch /mnt/new
+mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/scratch /mnt/new
+cd /mnt/new
 mount -t proc proc proc
 mount --rbind /sys sys
 mount -t tmpfs tmpfs dev; mkdir dev/shm dev/pts
@@ -23,7 +23,7 @@ mount -t tmpfs tmpfs dev/shm; mkdir dev/mqueue dev/hugepages; ln -s /proc/self/f
 for d in run tmp var/tmp; do mount -t tmpfs tmpfs "$d"; done
 ip link set lo up
 export container=other
-mkdir -p /mnt/root/mnt
+mkdir -p /mnt/new/mnt
 pivot_root . mnt
 umount -l /mnt
 exec /lib/systemd/systemd --system --unit=basic.target --log-target=console --log-level=warning --show-status=no
