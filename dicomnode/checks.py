@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from urllib.parse import urlsplit
 
 from sqlalchemy import make_url
@@ -51,14 +52,14 @@ def run(settings: Settings) -> Iterator[Check]:
     if not any(peer.calling for peer in settings.node.peers):
         yield Check("peers", False, "nobody may send: name each sender in node.peers")
     for peer in settings.node.peers:
-        yield _try(f"peer {peer.ae_title}", lambda p=peer: _echo(p, settings))  # type: ignore[misc]
+        yield _try(f"peer {peer.ae_title}", partial(_echo, peer, settings))
     for name in settings.priors.asked:
-        yield _try(f"priors {name}", lambda n=name: _priors(n, settings))  # type: ignore[misc]
+        yield _try(f"priors {name}", partial(_priors, name, settings))
     for title in _takers(settings):
-        yield _try(f"deliver {title}", lambda t=title: _takes(t, settings))  # type: ignore[misc]
+        yield _try(f"deliver {title}", partial(_takes, title, settings))
     for url in _hooks(settings):
         name = f"webhook {urlsplit(url).netloc}"
-        yield _try(name, lambda u=url: _reach(u, settings))  # type: ignore[misc]
+        yield _try(name, partial(_reach, url, settings))
 
 
 def lines(settings: Settings) -> Iterator[str]:

@@ -112,7 +112,7 @@ class Server:
         try:
             connection, address = self._listening.accept()
         except OSError:  # it left before it was accepted, or no file handles are left
-            time.sleep(0.1)
+            time.sleep(0.1)  # without handles it would be asked for at once, and again
             return 0
         connection.settimeout(HANDSHAKE_S)
         remote = str(address[0])

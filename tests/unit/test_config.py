@@ -213,7 +213,7 @@ def test_every_problem_is_told_at_once(tmp_path):
 
 def test_variables_of_the_test_suite_are_no_settings(monkeypatch):
     monkeypatch.setenv("DICOMNODE_TEST_POSTGRES", "postgresql://")
-    config.load(None)
+    assert config.load(None).database.url == config.Settings().database.url
 
 
 def test_a_missing_file_is_named(tmp_path):
